@@ -1,0 +1,5 @@
+"""What is wrong with somebody's text or shards, told in one line."""
+
+
+class DataError(ValueError):
+    """A corpus, tokenizer or shard that cannot be used; the message names it and the remedy."""

@@ -1,0 +1,241 @@
+"""Order: which tokens at which step. Everything here is arithmetic; no text is read."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from pipelines.errors import DataError
+from pipelines.order import (
+    Cut,
+    Order,
+    Spans,
+    StreamSource,
+    digest,
+    rank_slots,
+    rows_per_rank,
+    span_hashes,
+)
+from pipelines.permute import combine, permute
+
+
+def make_cuts(*phases: tuple[int, int, int, int]) -> tuple[Cut, ...]:
+    """(steps, num_sequences, data_length, lookahead) per phase."""
+    cuts, first = [], 0
+    for steps, num_sequences, data_length, lookahead in phases:
+        cuts.append(Cut(first, steps, num_sequences, data_length, lookahead))
+        first += steps
+    return tuple(cuts)
+
+
+def make_order(
+    *phases: tuple[int, int, int, int],
+    tokens: tuple[int, ...] = (10_000,),
+    weights: tuple[float, ...] = (1.0,),
+    block_tokens: int = 96,
+    shuffle_tokens: int = 500,
+    seed: int = 0,
+) -> Order:
+    sources = tuple(
+        StreamSource(f"s{i}", n, w) for i, (n, w) in enumerate(zip(tokens, weights, strict=True))
+    )
+    return Order(sources, make_cuts(*phases), block_tokens, shuffle_tokens, seed)
+
+
+def tokens_of(order: Order, step: int) -> list[tuple[int, int, int]]:
+    """Every (source, epoch, linear position) trained on in a step."""
+    spans, out = order.spans(step), []
+    for source, epoch, offset in zip(spans.source, spans.epoch, spans.offset, strict=True):
+        for start, stop in order.linear(int(source), int(epoch), int(offset), spans.length):
+            out += [(int(source), int(epoch), position) for position in range(start, stop)]
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_permute_is_a_permutation(size: int) -> None:
+    out = permute(np.arange(size), size, combine(3, size))
+    assert sorted(out.tolist()) == list(range(size))
+
+
+def test_permute_depends_on_its_key_and_is_not_the_identity() -> None:
+    index = np.arange(1000)
+    one, two = permute(index, 1000, combine(1)), permute(index, 1000, combine(2))
+    assert (one != two).mean() > 0.9
+    assert (one != index).mean() > 0.9
+
+
+def test_permute_is_frozen() -> None:
+    """A changed value here breaks the order of every run in existence."""
+    assert permute(np.arange(10), 10, combine(1, 2, 3)).tolist() == GOLDEN_PERMUTATION
+    big = permute(np.array([0, 1, 10**13]), 10**13 + 7, combine(9))
+    assert big.tolist() == GOLDEN_BIG
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [(40, 5, 64, 4)],
+        [(12, 3, 64, 4), (60, 3, 16, 1)],  # a bag of 4, then plain
+        [(7, 3, 60, 6), (9, 5, 28, 4), (50, 3, 10, 1)],  # lengths that divide nothing
+        [(11, 3, 10, 1), (5, 3, 60, 6), (20, 3, 10, 1)],  # growing again
+    ],
+)
+def test_exactly_once_within_an_epoch(phases: list[tuple[int, int, int, int]]) -> None:
+    order = make_order(*phases, tokens=(2_000,))
+    seen: dict[int, list[int]] = {}
+    for step in range(sum(phase[0] for phase in phases)):
+        for _, epoch, position in tokens_of(order, step):
+            seen.setdefault(epoch, []).append(position)
+    longest = max(phase[2] + phase[3] for phase in phases)
+    for epoch, positions in seen.items():
+        assert len(positions) == len(set(positions)), f"a token came twice in epoch {epoch}"
+        if epoch < max(seen):
+            assert len(positions) > 2_000 - longest, "more than a tail was skipped"
+    assert sorted(seen) == list(range(max(seen) + 1))
+
+
+def test_a_partial_epoch_covers_a_prefix_of_the_stream() -> None:
+    """What a phase leaves in its last group, the next phase must take, not skip."""
+    order = make_order((3, 3, 64, 4), (80, 2, 16, 1), tokens=(4_000,), shuffle_tokens=10_000)
+    offsets: set[int] = set()
+    for step in range(83):
+        spans = order.spans(step)
+        for offset in spans.offset[spans.epoch == 0].tolist():
+            offsets.update(range(offset, offset + spans.length))
+    assert offsets == set(range(len(offsets)))
+    assert len(offsets) == 3 * 3 * 64 + 80 * 2 * 16
+
+
+def test_tail_is_what_is_left_out() -> None:
+    order = make_order((200, 1, 64, 4), tokens=(1_000,))
+    trained = {pos for step in range(200) for _, e, pos in tokens_of(order, step) if e == 1}
+    assert order.tail_tokens(0) == (1_000 - len(trained),)
+    assert 0 < order.tail_tokens(0)[0] < 64 + 4
+
+
+def test_epochs_differ_and_steps_are_shuffled() -> None:
+    order = make_order((300, 2, 16, 1), tokens=(2_000,))
+    first = [order.spans(step).offset.tolist() for step in range(20)]
+    per_epoch = (2_000 - 1) // 16
+    second = [order.spans(step + per_epoch // 2).offset.tolist() for step in range(20)]
+    assert first != second
+    flat = [offset for step in first for offset in step]
+    assert flat != sorted(flat)
+
+
+def test_another_seed_is_another_order() -> None:
+    one, two = make_order((9, 4, 64, 4)), make_order((9, 4, 64, 4), seed=1)
+    assert tokens_of(one, 0) != tokens_of(two, 0)
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("num_sequences", [1, 5, 16])
+def test_ranks_share_each_batch_without_gap_or_overlap(world_size: int, num_sequences: int) -> None:
+    slots = [
+        slot
+        for rank in range(world_size)
+        for slot in range(num_sequences)[rank_slots(num_sequences, world_size, rank)]
+    ]
+    assert slots == list(range(num_sequences))
+    sizes = [
+        len(range(num_sequences)[rank_slots(num_sequences, world_size, rank)])
+        for rank in range(world_size)
+    ]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == rows_per_rank(num_sequences, world_size)
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_any_resume_position_and_world_size_gives_the_same_tail(world_size: int) -> None:
+    """Restore at every step: a fresh Order asked from step k on answers what the first did."""
+    phases = [(6, 5, 64, 4), (9, 5, 16, 1)]
+    whole = [tokens_of(make_order(*phases, tokens=(1_500,)), step) for step in range(15)]
+    for start in range(15):
+        order = make_order(*phases, tokens=(1_500,))
+        for step in range(start, 15):
+            spans = order.spans(step)
+            parts = [spans.select(rank_slots(5, world_size, rank)) for rank in range(world_size)]
+            assert np.concatenate([part.offset for part in parts]).tolist() == spans.offset.tolist()
+            assert tokens_of(order, step) == whole[step]
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_digest_is_the_same_however_many_workers_sum_it(world_size: int) -> None:
+    spans = make_order((9, 5, 64, 4)).spans(3)
+    whole = digest(span_hashes(spans, "corpus").sum(axis=0))
+    lanes = np.zeros(8)
+    for rank in range(world_size):
+        mine = spans.select(rank_slots(5, world_size, rank))
+        lanes += span_hashes(mine, "corpus").sum(axis=0).astype(np.float64)
+    assert digest(lanes) == whole
+    assert len(whole) == 32
+
+
+def test_digest_tells_steps_corpora_and_lengths_apart() -> None:
+    order = make_order((9, 5, 64, 4))
+    spans = order.spans(3)
+    longer = Spans(spans.source, spans.epoch, spans.offset, spans.length + 1)
+    digests = {
+        digest(span_hashes(spans, "corpus").sum(axis=0)),
+        digest(span_hashes(order.spans(4), "corpus").sum(axis=0)),
+        digest(span_hashes(spans, "another").sum(axis=0)),
+        digest(span_hashes(longer, "corpus").sum(axis=0)),
+    }
+    assert len(digests) == 4
+
+
+def test_mixture_keeps_its_weights_everywhere() -> None:
+    order = make_order((500, 10, 16, 1), tokens=(3_000, 900, 5_000), weights=(5.0, 3.0, 2.0))
+    counts = np.zeros(3)
+    for step in range(500):
+        counts += np.bincount(order.spans(step).source, minlength=3)
+        ideal = np.array([0.5, 0.3, 0.2]) * (step + 1) * 10
+        assert np.abs(counts - ideal).max() < 2
+
+
+def test_mixture_is_exactly_once_in_each_source() -> None:
+    order = make_order((30, 4, 64, 4), (90, 4, 16, 1), tokens=(3_000, 900), weights=(1.0, 1.0))
+    seen: dict[tuple[int, int], list[int]] = {}
+    for step in range(120):
+        for source, epoch, position in tokens_of(order, step):
+            seen.setdefault((source, epoch), []).append(position)
+    assert {source for source, _ in seen} == {0, 1}
+    for key, positions in seen.items():
+        assert len(positions) == len(set(positions)), key
+
+
+def test_a_source_without_weight_is_not_read() -> None:
+    order = make_order((30, 4, 64, 4), tokens=(3_000, 10), weights=(1.0, 0.0))
+    assert {int(s) for step in range(30) for s in order.spans(step).source} == {0}
+
+
+def test_epochs_after_counts_passes() -> None:
+    order = make_order((10, 4, 64, 4), tokens=(2_560 + 4,))
+    assert order.epochs_after(0)[0] == pytest.approx(2_560 / 2_564)
+
+
+def test_too_short_a_corpus_is_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match=r"s0 has 60 training tokens.*68"):
+        make_order((1, 1, 64, 4), tokens=(60,))
+
+
+def test_ten_trillion_tokens_cost_what_ten_thousand_do() -> None:
+    """16,384 sequences a step, 10 T tokens, 10 million blocks: milliseconds, no arrays of rows."""
+    order = make_order(
+        (1_000_000, 2048, 65_536, 16),
+        tokens=(10**13,),
+        block_tokens=1_000_000,
+        shuffle_tokens=1 << 28,
+    )
+    order.spans(0)
+    start = time.perf_counter()
+    spans = order.spans(70_000)
+    order.linear(0, int(spans.epoch[0]), int(spans.offset[0]), spans.length)
+    assert time.perf_counter() - start < 0.5
+    assert len(set(spans.offset.tolist())) == 2048
+
+
+GOLDEN_PERMUTATION = [2, 1, 9, 3, 8, 5, 6, 0, 4, 7]
+GOLDEN_BIG = [2683656085552, 5810214385543, 9893776016464]

@@ -1,0 +1,235 @@
+"""Ingest: token shards → each worker's batches, from any step, for any number of workers.
+
+    order.spans(step)          which tokens                              (order.py)
+    read task (chunk, rank)    gathers that rank's rows of a few steps   Feed.rows
+    BaggingPreprocessor        folds them into bags                      (bagging.py)
+    streaming_split            block b goes to rank b mod world_size
+    check_batch                the worker compares what came with what the plan says
+
+A block holds one rank's rows of one chunk of steps, so blocks are large (Ray Data pays 15–20 ms of
+CPU a block) and all have the same number of rows: a rank whose share is one row short gets a filler
+row. With equal blocks and `preserve_order`, `streaming_split(equal=True)` deals them round-robin.
+That is how Ray behaves rather than what it promises, so every worker checks every batch
+(`check_batch`): a block dealt to the wrong rank stops the run instead of changing the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pipelines.bagging import BaggingPreprocessor, fold_bags
+from pipelines.errors import DataError
+from pipelines.order import Order, Spans, rank_slots, rows_per_rank
+from pipelines.shards import Manifest, TokenReader
+
+Columns = dict[str, Any]  # column name -> array whose first axis is the row
+
+_BLOCK_BYTES = 4 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
+_MAX_CHUNK_STEPS = 128
+_ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
+FILLER = -1  # the slot of a row that only evens out the ranks
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Everything a reader anywhere needs to produce a phase's batches; small and picklable.
+
+    Args:
+        folder: the prepared shards.
+        fingerprint: the manifest's, so that another corpus at the same place is noticed.
+        order: the run's order, all phases.
+        phase: which phase this feed is for.
+        bag_size: how many tokens an input bag holds; 1 leaves the tokens unfolded.
+    """
+
+    folder: str
+    fingerprint: str
+    order: Order
+    phase: int
+    bag_size: int
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the phase ends."""
+        cut = self.order.cuts[self.phase]
+        return cut.first_step + cut.steps
+
+    def rows_per_rank(self, world_size: int) -> int:
+        """Rows of a local batch, filler rows included; the same on every rank."""
+        return rows_per_rank(self.order.cuts[self.phase].num_sequences, world_size)
+
+    def chunks(self, start_step: int, world_size: int) -> list[tuple[int, int]]:
+        """[first, last) steps of each block from `start_step` to the end of the phase."""
+        cut = self.order.cuts[self.phase]
+        row_bytes = (cut.data_length + cut.lookahead) * 4
+        steps = _BLOCK_BYTES // (self.rows_per_rank(world_size) * row_bytes)
+        steps = min(max(steps, 1), _MAX_CHUNK_STEPS)
+        bounds = [*range(start_step, self.last_step, steps), self.last_step]
+        return list(pairwise(bounds))
+
+    def rows(self, first_step: int, last_step: int, rank: int, world_size: int) -> Columns:
+        """One rank's rows of steps [first_step, last_step), unfolded.
+
+        Returns:
+            id columns `step`, `slot`, `source`, `epoch`, `offset`, each int64 [n], and `tokens`
+            [n, data_length + lookahead]; n = steps · rows_per_rank. A filler row has slot −1.
+        """
+        cut, height = self.order.cuts[self.phase], self.rows_per_rank(world_size)
+        num_rows = (last_step - first_step) * height
+        columns: Columns = {name: np.zeros(num_rows, np.int64) for name in _ID_COLUMNS}
+        columns["slot"][:] = FILLER
+        manifest = _manifest(self.folder, self.fingerprint)
+        length = cut.data_length + cut.lookahead
+        columns["tokens"] = np.zeros((num_rows, length), np.dtype(manifest.dtype))
+        slots = rank_slots(cut.num_sequences, world_size, rank)
+        for step in range(first_step, last_step):
+            base = (step - first_step) * height
+            mine = self.order.spans(step).select(slots)
+            rows = slice(base, base + len(mine))
+            columns["step"][base : base + height] = step
+            columns["slot"][rows] = np.arange(slots.start, slots.stop)
+            columns["source"][rows], columns["epoch"][rows] = mine.source, mine.epoch
+            columns["offset"][rows] = mine.offset
+            self._gather(mine, length, columns["tokens"][rows])
+        return columns
+
+    def _gather(self, spans: Spans, length: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill out[i] with the `length` stream tokens from the start of span i."""
+        for row, (source, epoch, offset) in enumerate(
+            zip(spans.source.tolist(), spans.epoch.tolist(), spans.offset.tolist(), strict=True)
+        ):
+            reader = _reader(self.folder, self.fingerprint, source)
+            at = 0
+            for start, stop in self.order.linear(source, epoch, offset, length):
+                out[row, at : at + stop - start] = reader.read(start, stop)
+                at += stop - start
+
+
+class BatchMismatch(DataError):
+    """A worker received another batch than the plan says."""
+
+
+def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: int) -> Spans:
+    """Compare a received local batch with the plan, row by row.
+
+    Returns:
+        the spans of its real rows, in slot order.
+
+    Raises:
+        BatchMismatch: with the id that came and the id the plan says.
+    """
+    slots = rank_slots(feed.order.cuts[feed.phase].num_sequences, world_size, rank)
+    spans = feed.order.spans(step).select(slots)
+    height, real = feed.rows_per_rank(world_size), len(spans)
+    want = np.zeros((height, len(_ID_COLUMNS)), np.int64)
+    want[:, 0], want[:, 1] = step, FILLER
+    want[:real, 1] = np.arange(slots.start, slots.stop)
+    want[:real, 2], want[:real, 3], want[:real, 4] = spans.source, spans.epoch, spans.offset
+    came = np.stack([batch[name] for name in _ID_COLUMNS], axis=1)
+    if came.shape != want.shape or not np.array_equal(came, want):
+        raise BatchMismatch(
+            f"rank {rank} of {world_size} at step {step + 1} received {_describe(came)}, but the "
+            f"plan says {_describe(want)}; nothing was trained on it"
+        )
+    return spans
+
+
+def _describe(ids: np.ndarray[Any, Any]) -> str:
+    """The first and last row of a batch, as one readable id."""
+    if not len(ids):
+        return "no rows"
+    rows = [
+        "/".join(f"{name} {value}" for name, value in zip(_ID_COLUMNS, row, strict=True))
+        for row in (ids[0].tolist(), ids[-1].tolist())
+    ]
+    return f"[{len(ids)} rows: {rows[0]} … {rows[1]}]"
+
+
+def read_inline(
+    feed: Feed, start_step: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Columns]:
+    """The same batches as through Ray, made in this process: one local batch a step."""
+    for step in range(start_step, feed.last_step):
+        batch = feed.rows(step, step + 1, rank, world_size)
+        if feed.bag_size > 1:
+            batch["tokens"] = fold_bags(batch["tokens"], feed.bag_size)
+        yield batch
+
+
+def ray_dataset(feed: Feed, start_step: int, world_size: int) -> Any:
+    """A Ray dataset of a phase from `start_step`; its block b is for rank b mod `world_size`.
+
+    Hand it to `streaming_split(world_size, equal=True)` with `preserve_order` set, and iterate
+    each split in batches of `feed.rows_per_rank(world_size)` rows: one a step.
+    """
+    import ray.data
+
+    chunks = feed.chunks(start_step, world_size)
+    source = _datasource(feed, chunks, world_size)
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(chunks) * world_size)
+    return BaggingPreprocessor(feed.bag_size).transform(dataset) if feed.bag_size > 1 else dataset
+
+
+def _datasource(feed: Feed, chunks: list[tuple[int, int]], world_size: int) -> Any:
+    """A Ray Data source with one read task for each (chunk, rank), in that order."""
+    from ray.data import Datasource
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource.datasource import ReadTask
+
+    height = feed.rows_per_rank(world_size)
+    cut = feed.order.cuts[feed.phase]
+    row_bytes = (cut.data_length + cut.lookahead) * 4 + len(_ID_COLUMNS) * 8
+
+    def read_task(first: int, last: int, rank: int) -> ReadTask:
+        num_rows = (last - first) * height
+        metadata = BlockMetadata(
+            num_rows=num_rows,
+            size_bytes=num_rows * row_bytes,
+            input_files=None,
+            exec_stats=None,
+        )
+        return ReadTask(lambda: [_block(feed, first, last, rank, world_size)], metadata)
+
+    class TokenShards(Datasource):  # type: ignore[misc,unused-ignore]
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ReadTask]:
+            return [
+                read_task(first, last, rank) for first, last in chunks for rank in range(world_size)
+            ]
+
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(last - first for first, last in chunks) * height * world_size * row_bytes
+
+    return TokenShards()
+
+
+def _block(feed: Feed, first: int, last: int, rank: int, world_size: int) -> Any:
+    from ray.data.block import BlockAccessor
+
+    return BlockAccessor.batch_to_arrow_block(feed.rows(first, last, rank, world_size))
+
+
+@lru_cache(maxsize=4)
+def _manifest(folder: str, fingerprint: str) -> Manifest:
+    manifest = Manifest.load(folder)
+    if manifest.fingerprint != fingerprint:
+        raise DataError(
+            f"{folder}: the shards are not those this run was planned on (fingerprint "
+            f"{manifest.fingerprint[:12]}, planned {fingerprint[:12]}); restore them, or start "
+            "a new run with another run.name"
+        )
+    return manifest
+
+
+@lru_cache(maxsize=64)
+def _reader(folder: str, fingerprint: str, source: int) -> TokenReader:
+    """One reader a source and process: its cache of rows serves all tasks that run here."""
+    manifest = _manifest(folder, fingerprint)
+    return TokenReader(manifest, manifest.sources[source].name)

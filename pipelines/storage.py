@@ -1,0 +1,60 @@
+"""Files on a local path or on any filesystem that pyarrow or fsspec opens."""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.errors import DataError
+
+
+def locate(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and the path inside it, for a local path or a URI.
+
+    Raises DataError where neither pyarrow nor an installed fsspec package opens the address.
+    """
+    if "://" not in path:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+    try:
+        return pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, OSError) as unknown:  # fsspec may know what pyarrow does not
+        import fsspec
+
+        try:
+            filesystem, inner = fsspec.core.url_to_fs(path)
+        except (ValueError, ImportError, OSError):
+            raise DataError(f"{path}: cannot be opened ({one_line(unknown)})") from unknown
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
+
+
+def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
+    """A whole file, as it is stored. Raises FileNotFoundError when there is none."""
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
+
+
+def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
+    """Write a whole file so that no reader ever sees a part of it. Raises DataError.
+
+    Object stores show a file only once it is closed; a local one is written aside and renamed.
+    """
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    target = f"{path}.{uuid.uuid4().hex}.tmp" if is_local else path
+    try:
+        filesystem.create_dir(os.path.dirname(path), recursive=True)
+        with filesystem.open_output_stream(target, compression=None) as stream:
+            stream.write(content)
+        if is_local:
+            filesystem.move(target, path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({one_line(error)}); choose a folder you may write to"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, short enough for a terminal."""
+    return " ".join(str(error).split())[:300]

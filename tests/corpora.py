@@ -1,0 +1,45 @@
+"""Small prepared corpora for tests, written with the shard format's own writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.shards import Manifest, ShardWriter, Source, Split
+
+
+def write_corpus(
+    folder: Path,
+    *tokens_per_source: int,
+    validation: int = 400,
+    vocab_size: int = 97,
+    row_tokens: int = 64,
+    shard_tokens: int = 640,
+) -> Manifest:
+    """Prepared shards without text: source i holds tokens that tell their position."""
+    sources = []
+    for number, count in enumerate(tokens_per_source):
+        splits = {}
+        for split, length in (("train", count), ("validation", validation)):
+            writer = ShardWriter(
+                str(folder),
+                f"s{number}/{split}-00000",
+                dtype="uint16",
+                row_tokens=row_tokens,
+                max_shard_tokens=shard_tokens,
+            )
+            writer.add(position_tokens(number, length, vocab_size))
+            splits[split] = Split.of(writer.close())
+        sources.append(Source(f"s{number}", "made", 1, count, 0, (), **splits))
+    manifest = Manifest(
+        str(folder), "uint16", row_tokens, vocab_size, 0, "no tokenizer", tuple(sources)
+    )
+    manifest.save()
+    return manifest
+
+
+def position_tokens(source: int, length: int, vocab_size: int = 97) -> np.ndarray:
+    """A sequence in which every window of a few tokens stands at one place only, nearly."""
+    position = np.arange(length, dtype=np.int64)
+    return ((position * position * 31 + position // 7 + source * 13) % vocab_size).astype(np.uint16)

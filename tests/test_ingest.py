@@ -1,0 +1,189 @@
+"""Ingest: what a worker receives, in process and through Ray Data, against what order says."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.bagging import BaggingPreprocessor, fold_bags
+from pipelines.errors import DataError
+from pipelines.ingest import FILLER, BatchMismatch, Feed, check_batch, ray_dataset, read_inline
+from pipelines.order import Cut, Order, StreamSource
+from pipelines.shards import Manifest
+from tests.corpora import position_tokens, write_corpus
+
+STEPS, SEQUENCES, BAG = 9, 5, 4
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 2_000, 1_500)
+
+
+def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
+    """Two phases over a 2:1 mixture: bags of 4 over 8 latent positions, then plain."""
+    cuts = (Cut(0, STEPS, SEQUENCES, 32, BAG), Cut(STEPS, STEPS, SEQUENCES, 8, 1))
+    sources = tuple(
+        StreamSource(source.name, source.train.tokens, weight)
+        for source, weight in zip(manifest.sources, (2.0, 1.0), strict=True)
+    )
+    order = Order(sources, cuts, block_tokens=64, shuffle_tokens=256, seed=seed)
+    return Feed(manifest.folder, manifest.fingerprint, order, phase, BAG if phase == 0 else 1)
+
+
+def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
+    """The step's sequences straight from the sources, without shards."""
+    cut, spans = feed.order.cuts[feed.phase], feed.order.spans(step)
+    rows = []
+    for source, epoch, offset in zip(spans.source, spans.epoch, spans.offset, strict=True):
+        text = position_tokens(int(source), feed.order.sources[source].num_tokens)
+        pieces = feed.order.linear(
+            int(source), int(epoch), int(offset), cut.data_length + cut.lookahead
+        )
+        rows.append(np.concatenate([text[start:stop] for start, stop in pieces]).tolist())
+    return rows
+
+
+def real_rows(batch: dict[str, Any]) -> list[list[int]]:
+    rows = batch["tokens"][batch["slot"] != FILLER]
+    return [row.ravel().tolist() for row in rows]
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_workers_together_read_what_order_says(
+    manifest: Manifest, phase: int, world_size: int
+) -> None:
+    feed = make_feed(manifest, phase)
+    first = phase * STEPS
+    workers = [read_inline(feed, first, rank, world_size) for rank in range(world_size)]
+    for step, batches in enumerate(zip(*workers, strict=True), start=first):
+        assert len({len(batch["slot"]) for batch in batches}) == 1
+        for rank, batch in enumerate(batches):
+            check_batch(batch, feed, step, rank, world_size)
+        rows = [row for batch in batches for row in real_rows(batch)]
+        assert rows == expected_tokens(feed, step)
+    assert step == first + STEPS - 1
+
+
+@pytest.mark.parametrize("start", range(STEPS))
+def test_a_reader_started_anywhere_gives_the_same_tail(manifest: Manifest, start: int) -> None:
+    feed = make_feed(manifest)
+    whole = [batch["tokens"] for batch in read_inline(feed, 0)]
+    tail = [batch["tokens"] for batch in read_inline(feed, start)]
+    assert np.array_equal(np.stack(whole[start:]), np.stack(tail))
+
+
+def test_bags_are_a_view_of_the_sequence() -> None:
+    tokens = np.arange(24).reshape(2, 12)
+    bags = fold_bags(tokens, 4)
+    assert bags.shape == (2, 3, 4)
+    assert bags[1, 2].tolist() == [20, 21, 22, 23]
+    assert np.shares_memory(bags, tokens)
+    with pytest.raises(ValueError, match="12 tokens do not fold into bags of 5"):
+        fold_bags(tokens, 5)
+
+
+def test_the_bag_after_each_input_is_its_target(manifest: Manifest) -> None:
+    feed = make_feed(manifest)
+    batch = next(read_inline(feed, 0))
+    assert batch["tokens"].shape == (SEQUENCES, 9, BAG)
+    flat = np.asarray(expected_tokens(feed, 0))
+    assert batch["tokens"][:, 1:].reshape(SEQUENCES, -1).tolist() == flat[:, BAG:].tolist()
+
+
+@pytest.mark.parametrize("column", ["step", "slot", "source", "epoch", "offset"])
+def test_a_batch_with_one_id_changed_is_refused(manifest: Manifest, column: str) -> None:
+    feed = make_feed(manifest)
+    batch = next(read_inline(feed, 3))
+    batch[column] = batch[column].copy()
+    batch[column][2] += 1
+    with pytest.raises(BatchMismatch, match=r"rank 0 of 1 at step 4 received .* plan says"):
+        check_batch(batch, feed, 3, 0, 1)
+
+
+def test_a_short_batch_and_another_ranks_batch_are_refused(manifest: Manifest) -> None:
+    feed = make_feed(manifest)
+    batch = next(read_inline(feed, 0, rank=1, world_size=2))
+    with pytest.raises(BatchMismatch):
+        check_batch(batch, feed, 0, 0, 2)
+    with pytest.raises(BatchMismatch, match="2 rows"):
+        check_batch({name: column[:2] for name, column in batch.items()}, feed, 0, 1, 2)
+
+
+def test_shards_of_another_corpus_are_refused(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path, 2_000, 1_500)
+    feed = make_feed(manifest)
+    write_corpus(tmp_path, 1_900, 1_500)
+    with pytest.raises(DataError, match="not those this run was planned on"):
+        next(read_inline(feed, 0))
+
+
+def test_a_feed_is_small_however_large_the_corpus() -> None:
+    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10**6, 16_384, 65_536, 16),),
+                  1 << 20, 1 << 28, 0)  # fmt: skip
+    feed = Feed("/shards", "0" * 64, order, 0, 16)
+    assert len(pickle.dumps(feed)) < 1_000
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "start", "phase"), [(1, 0, 0), (2, 4, 0), (3, 11, 1)])
+def test_ray_data_deals_each_rank_its_batches(
+    ray_cluster: None, manifest: Manifest, world_size: int, start: int, phase: int
+) -> None:
+    """Chunks of 2 steps, so that several blocks go to each rank; ranks read out of step."""
+    import threading
+
+    feed = make_feed(manifest, phase)
+    feed_small = ChunksOfTwo(**{name: getattr(feed, name) for name in feed.__dataclass_fields__})
+    dataset = ray_dataset(feed_small, start, world_size)
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    splits = dataset.streaming_split(world_size, equal=True)
+    came: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+
+    def consume(rank: int) -> None:
+        batches = splits[rank].iter_batches(
+            batch_size=feed.rows_per_rank(world_size), batch_format="numpy"
+        )
+        came[rank] = list(batches)
+
+    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(world_size):
+        expected = list(read_inline(feed, start, rank, world_size))
+        assert len(came[rank]) == len(expected)
+        for step, (got, want) in enumerate(zip(came[rank], expected, strict=True), start=start):
+            check_batch(got, feed, step, rank, world_size)
+            assert np.array_equal(got["tokens"], want["tokens"])
+
+
+class ChunksOfTwo(Feed):
+    def chunks(self, start_step: int, world_size: int) -> list[tuple[int, int]]:
+        return [(k, min(k + 2, self.last_step)) for k in range(start_step, self.last_step, 2)]
+
+
+def test_bagging_is_a_ray_data_preprocessor() -> None:
+    from ray.data.preprocessor import Preprocessor
+
+    bagging = BaggingPreprocessor(4)
+    assert isinstance(bagging, Preprocessor)
+    folded = bagging.transform_batch({"tokens": np.arange(24).reshape(2, 12)})
+    assert folded["tokens"].shape == (2, 3, 4)

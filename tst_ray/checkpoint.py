@@ -1,0 +1,352 @@
+"""Sharded checkpoints: saved without stopping the loop, committed last, verified before use.
+
+    checkpoints/step-00001200/
+        __0_0.distcp …  .metadata    written by torch.distributed.checkpoint, each rank its own
+        meta.json                    step, world size, and every file's size and SHA-256
+        COMMITTED                    the SHA-256 of meta.json; written last, by rank 0
+
+A checkpoint without COMMITTED does not exist. One whose files do not match meta.json is damaged:
+`restore` says so and takes the one before. DCP stores whole tensors by name and piece, so a
+checkpoint of any world size loads at any other.
+
+Saving: `save` stages the state to host memory and returns; a thread then writes, hashes and
+commits over a process group of its own, so its collectives never meet the loop's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tst_ray.errors import RunError
+from tst_ray.storage import Storage
+
+log = logging.getLogger(__name__)
+
+MARKER, META = "COMMITTED", "meta.json"
+_HASH_CHUNK_BYTES = 1 << 20
+
+OnEvent = Callable[..., None]  # called as on_event(kind, **details)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A committed checkpoint: where it is, and what its meta.json says."""
+
+    step: int
+    folder: Storage
+    meta: dict[str, Any]
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint taken after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def committed(root: Storage) -> list[CheckpointInfo]:
+    """The committed checkpoints under `root`, newest first; not verified."""
+    found = []
+    for name in root.names():
+        if not name.startswith("step-"):
+            continue
+        folder = root / name
+        if folder.exists(MARKER):
+            found.append(CheckpointInfo(int(name.removeprefix("step-")), folder, {}))
+    return sorted(found, key=lambda info: -info.step)
+
+
+def read_meta(info: CheckpointInfo) -> CheckpointInfo:
+    """The checkpoint with its meta.json, which must be the one its marker committed.
+
+    Raises:
+        ValueError: saying what is damaged.
+    """
+    try:
+        content = info.folder.read(META)
+        expected = info.folder.read(MARKER).decode().strip()
+    except FileNotFoundError as error:
+        raise ValueError(f"{META} is missing") from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise ValueError(f"{META} is not the one that was committed")
+    return CheckpointInfo(info.step, info.folder, json.loads(content))
+
+
+def verify_file(folder: Storage, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint; None where nothing is."""
+    name = entry["name"]
+    try:
+        size = folder.size(name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    if size != entry["bytes"]:
+        return f"{name} has {size} bytes instead of {entry['bytes']}"
+    with folder.open(name) as file:
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def verify(info: CheckpointInfo, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files; None where nothing is."""
+    try:
+        files = read_meta(info).meta["files"]
+    except ValueError as error:
+        return str(error)
+    for entry in files[rank::world_size]:
+        problem = verify_file(info.folder, entry)
+        if problem:
+            return problem
+    return None
+
+
+def find_good(
+    root: Storage,
+    on_event: OnEvent,
+    *,
+    agree: Callable[[str | None], str | None] = lambda problem: problem,
+    rank: int = 0,
+    world_size: int = 1,
+) -> CheckpointInfo | None:
+    """The newest checkpoint that verifies; None where none was ever committed.
+
+    Every rank calls this; each verifies its share of the files.
+
+    Args:
+        agree: gives every rank the first problem that any rank found.
+
+    Raises:
+        RunError: there are committed checkpoints, and all are damaged.
+    """
+    candidates = committed(root)
+    for info in candidates:
+        problem = agree(verify(info, rank, world_size))
+        if problem is None:
+            return read_meta(info)
+        log.warning(
+            "checkpoint %s is damaged (%s); trying the one before", info.folder.url, problem
+        )
+        on_event("checkpoint_damaged", step=info.step, problem=problem)
+    if candidates:
+        raise RunError(
+            f"all {len(candidates)} checkpoints under {root.url} are damaged, {candidates[0].step} "
+            "steps would be lost; restore one from a copy, or start a new run with another run.name"
+        )
+    return None
+
+
+class Checkpointer:
+    """Saves and restores a run's state; every rank holds one and calls it in the same order.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        keep: how many committed checkpoints stay; older ones are removed.
+        background: stage, then write while training goes on; otherwise write before returning.
+        on_event: told of "checkpoint", "checkpoint_failed", "checkpoint_damaged" (rank 0 only).
+    """
+
+    def __init__(self, root: Storage, *, keep: int, background: bool, on_event: OnEvent) -> None:
+        self.root, self.keep, self.background = root, keep, background
+        self.distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self._on_event = on_event if self.rank == 0 else (lambda kind, **details: None)
+        self._group = dist.new_group(backend="gloo") if self.distributed else None
+        self._thread: threading.Thread | None = None
+        self.failed_saves = 0  # in a row
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Load the newest good checkpoint into `state` (tensors in place).
+
+        Returns:
+            the step it was taken at; 0 where no checkpoint exists.
+        """
+        import torch.distributed.checkpoint as dcp
+
+        info = find_good(
+            self.root,
+            self._on_event,
+            agree=lambda problem: self._first(problem),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        if info is None:
+            return 0
+        dcp.load(state, storage_reader=_reader(info.folder), process_group=self._group)
+        return info.step
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Start saving the state after `step` steps; a save still under way is waited for.
+
+        A failure is an event and a warning, not an exception: training goes on.
+
+        Args:
+            state: tensors, DTensors and plain values by name; may change once this returns.
+            meta: what meta.json says besides step, world size and files.
+        """
+        self.wait()
+        started = time.perf_counter()
+        try:
+            pending = self._start(step, state)
+        except Exception as error:
+            self._failed(step, error)
+            return
+        stall_s = time.perf_counter() - started
+        args = (step, pending, meta, started, stall_s)
+        self._thread = threading.Thread(target=self._finish, args=args, name="checkpoint")
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _start(self, step: int, state: dict[str, Any]) -> tuple[Any, Path | None]:
+        import torch.distributed.checkpoint as dcp
+
+        folder = self.root / folder_name(step)
+        scratch = None
+        if self.rank == 0:
+            folder.remove()  # what an interrupted save of the same step left; never committed
+            folder.make()
+        if self.root.is_local:
+            if self.distributed:
+                dist.barrier(group=self._group)
+            target = folder.path
+        else:
+            scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            target = str(scratch)
+        writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        return future, scratch
+
+    def _finish(
+        self,
+        step: int,
+        pending: tuple[Any, Path | None],
+        meta: dict[str, Any],
+        started: float,
+        stall_s: float,
+    ) -> None:
+        """In the checkpoint thread: wait for the files, hash them, commit, clear old ones."""
+        future, scratch = pending
+        folder = self.root / folder_name(step)
+        files: list[dict[str, Any]] | Exception
+        try:
+            future.result()
+            files = self._own_files(folder, scratch)
+        except Exception as error:
+            files = error
+        gathered = self._gather(files)
+        failures = [entry for entry in gathered if isinstance(entry, Exception)]
+        if failures:
+            self._failed(step, failures[0])
+        elif self.rank == 0:
+            try:
+                num_bytes = self._commit(step, folder, gathered, meta)
+            except Exception as error:
+                self._failed(step, error)
+            else:
+                self.failed_saves = 0
+                self._on_event(
+                    "checkpoint",
+                    step=step,
+                    bytes=num_bytes,
+                    seconds=round(time.perf_counter() - started, 3),
+                    stall_s=round(stall_s, 4),
+                )
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _own_files(self, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
+        """This rank's files with size and checksum; uploaded where storage is not local."""
+        where = scratch or Path(folder.path)
+        mine = [path for path in where.iterdir() if path.name.startswith(f"__{self.rank}_")]
+        if self.rank == 0:
+            mine.append(where / ".metadata")
+        entries = []
+        for path in sorted(mine):
+            with path.open("rb") as file:
+                checksum = _sha256(file)
+            entries.append({"name": path.name, "bytes": path.stat().st_size, "sha256": checksum})
+            if scratch:
+                folder.upload(str(path), path.name)
+        return entries
+
+    def _commit(
+        self, step: int, folder: Storage, gathered: Sequence[Any], meta: dict[str, Any]
+    ) -> int:
+        files = [entry for entries in gathered for entry in entries]
+        content = json.dumps(
+            {"format": 1, "step": step, "world_size": self.world_size, **meta, "files": files},
+            indent=2,
+        )
+        folder.write(META, content)
+        folder.write(MARKER, hashlib.sha256(content.encode()).hexdigest() + "\n")
+        self._prune(step)
+        return sum(entry["bytes"] for entry in files)
+
+    def _prune(self, newest: int) -> None:
+        """Remove what is older than the last `keep`, and what was never committed."""
+        kept = {info.step for info in committed(self.root)[: self.keep]}
+        for name in self.root.names():
+            if name.startswith("step-") and int(name[5:]) < newest and int(name[5:]) not in kept:
+                folder = self.root / name
+                folder.remove(MARKER)  # first: half a checkpoint must not look like one
+                folder.remove()
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.failed_saves += 1
+        log.warning("checkpoint of step %d failed, training goes on: %s", step, error)
+        self._on_event("checkpoint_failed", step=step, error=_one_line(error))
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if not self.distributed:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
+
+    def _first(self, problem: str | None) -> str | None:
+        return next((other for other in self._gather(problem) if other), None)
+
+
+def load_full(info: CheckpointInfo, state: dict[str, Any]) -> None:
+    """Load a checkpoint into full tensors in one process, without a process group."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(state, storage_reader=_reader(info.folder), no_dist=True)
+
+
+def _reader(folder: Storage) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    if folder.is_local:
+        return dcp.FileSystemReader(folder.path)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(folder.url)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(_HASH_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

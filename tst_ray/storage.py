@@ -1,0 +1,158 @@
+"""A folder on any filesystem that fsspec reaches: local paths, s3://, gs://, memory://, …
+
+The run directory, its checkpoints and its logs are all written through `Storage`, so that what is
+atomic, and what survives a crash, is decided in one place:
+
+- `write` replaces a file as a whole: a reader sees the old content or the new, never a part.
+- `append` adds lines; where the filesystem cannot append, the file is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from tst_ray.errors import RunError
+
+
+class Storage:
+    """A folder by its URL or local path. Picklable; opens its filesystem when first used.
+
+    Args:
+        url: a local path or any fsspec URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url if "://" in url else str(Path(url).expanduser().absolute())
+        self.is_local = "://" not in url or url.startswith("file://")
+        self._fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.path = self.path.rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Storage, (self.url,))
+
+    def __truediv__(self, name: str) -> Storage:
+        return Storage(f"{self.url}/{name}")
+
+    def at(self, name: str) -> str:
+        """The path of a file in this folder, as the filesystem spells it."""
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the file or folder is there now (listings are not cached)."""
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self.at(name) if name else self.path))
+
+    def names(self) -> list[str]:
+        """What is in this folder, sorted; empty where the folder is missing."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        self._fs.invalidate_cache()
+        return int(self._fs.size(self.at(name)))
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        return bytes(self._fs.cat_file(self.at(name)))
+
+    def open(self, name: str) -> Any:
+        """A binary file to read, for what is too large for `read`."""
+        return self._fs.open(self.at(name), "rb")
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Replace a file as a whole; on a local disk it has reached the disk on return."""
+        data = content.encode() if isinstance(content, str) else content
+        if not self.is_local:
+            self._fs.pipe_file(self.at(name), data)  # object stores put whole objects
+            return
+        target = Path(self.at(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def append(self, name: str, text: str) -> None:
+        """Add text to the end of a file, making it if need be."""
+        try:
+            with self._fs.open(self.at(name), "ab") as file:
+                file.write(text.encode())
+        except (NotImplementedError, ValueError):
+            # Most object stores cannot append.
+            before = self.read(name) if self.exists(name) else b""
+            self.write(name, before + text.encode())
+
+    def make(self) -> None:
+        """Make this folder and those above it."""
+        self._fs.makedirs(self.path, exist_ok=True)
+
+    def upload(self, local: str, name: str) -> None:
+        """Copy a local file into this folder."""
+        self._fs.put_file(local, self.at(name))
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file, or this folder with all in it; nothing there is no error."""
+        target = self.at(name) if name else self.path
+        if self._fs.exists(target):
+            self._fs.rm(target, recursive=True)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value; None where the file is missing."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file as a whole."""
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a .jsonl file; a torn last line (its writer was killed) is left out."""
+        try:
+            text = self.read(name).decode()
+        except FileNotFoundError:
+            return []
+        lines = text.splitlines()
+        records = []
+        for number, line in enumerate(lines):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines) - 1:
+                    raise RunError(f"{self.at(name)}: line {number + 1} is not JSON") from None
+        return records
+
+    def check_writable(self) -> None:
+        """Make the folder and write to it.
+
+        Raises:
+            RunError: naming the folder and the reason.
+        """
+        probe = f".probe-{uuid.uuid4().hex[:8]}"
+        try:
+            self.make()
+            self.write(probe, b"")
+            self.remove(probe)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise RunError(
+                f"run.storage: cannot write to {self.url} ({reason}); give a folder this user may "
+                "write to"
+            ) from error

@@ -139,6 +139,18 @@ class Storage:
                     raise RunError(f"{self.at(name)}: line {number + 1} is not JSON") from None
         return records
 
+    def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
+        """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
+        try:
+            size = self.size(name)
+            start = max(size - num_bytes, 0)
+            text = self._fs.cat_file(self.at(name), start=start, end=size).decode(errors="replace")
+        except FileNotFoundError:
+            return []
+        lines = text.split("\n")
+        lines = lines[1:-1] if start else lines[:-1]  # the first and the last may be cut
+        return [json.loads(line) for line in lines if line]
+
     def check_writable(self) -> None:
         """Make the folder and write to it.
 

@@ -1,0 +1,316 @@
+"""Sources of text: which files they are, and how the work on them is cut up.
+
+    SourceSpec ── named_sources, find_files ──> Corpus ── plan_units ──> Unit, Unit, …
+
+A source is a file, a folder, a glob (`*`, `?`, `[…]`, `**`) on any pyarrow or fsspec filesystem,
+or `python-stdlib`: the source text of the standard library of the Python that runs this.
+
+Everything here is a function of the source's files alone: no clock, machine or parallelism
+decides which files there are, in what order, how they are grouped, or what is held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipelines.errors import DataError
+from pipelines.storage import locate, one_line
+
+PYTHON_STDLIB = "python-stdlib"
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**25
+
+COMPRESSED = {".gz", ".zst", ".bz2", ".lz4"}
+JSON_LINES = {".jsonl", ".ndjson"}
+PARQUET = {".parquet", ".pq"}
+# What a folder's name alone takes in; a glob or a file's own name takes in anything.
+_PLAIN_TEXT = """
+    .txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .xml .sql .toml .yaml .yml .ini
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .rs .go .java .kt .scala .swift .cs .fs
+    .js .jsx .mjs .ts .tsx .vue .php .rb .pl .pm .lua .r .jl .m .mm .hs .ml .mli .clj .erl .ex
+    .exs .el .lisp .scm .sh .bash .zsh .fish .ps1 .bat .asm .s .f .f90 .f95 .v .sv .vhd .zig .nim
+    .d .dart .groovy .gradle .cmake .mk .proto .thrift .tcl .vim"""
+PLAIN_TEXT = frozenset(_PLAIN_TEXT.split())
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A source as the user names it. `weight` is for the mixture: it changes no shard."""
+
+    path: str
+    name: str | None = None
+    weight: float | None = None
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file, or for a big Parquet file some of its row groups; `path` is relative to the root."""
+
+    path: str
+    size: int
+    modified_ns: int | None
+    row_groups: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files of one source, in the order of their paths."""
+
+    name: str
+    root: str
+    text_field: str
+    files: tuple[TextFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one task tokenizes: some consecutive files of one source."""
+
+    source: str
+    root: str
+    text_field: str
+    files: tuple[TextFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+# ── which files ──────────────────────────────────────────────────────────────────────────────────
+
+
+def named_sources(specs: Sequence[SourceSpec]) -> tuple[SourceSpec, ...]:
+    """The same sources, each with a name: its own, or one made from its path.
+
+    Raises DataError for no source at all, a name that cannot name a folder, or one used twice.
+    """
+    if not specs:
+        raise DataError("no source of text is given; name a file, a folder or a glob")
+    named: list[SourceSpec] = []
+    for spec in specs:
+        name = spec.name or _name_from(spec.path)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in ("units", "tokenizer"):
+            raise DataError(
+                f"source name {name!r}: choose letters, digits, '.', '_' or '-' "
+                "(but not 'units' or 'tokenizer')"
+            )
+        taken = {other.name for other in named}
+        if name in taken and spec.name:
+            raise DataError(f"source name {name!r} is given twice; give each source its own")
+        number = 2
+        while name in taken:
+            name, number = f"{_name_from(spec.path)}-{number}", number + 1
+        named.append(replace(spec, name=name))
+    return tuple(named)
+
+
+def _name_from(path: str) -> str:
+    base = _split_glob(path)[0].rstrip("/")
+    last = re.split(r"[/:]", base)[-1] or "source"
+    stem = last.split(".")[0] or last
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "source"
+
+
+def source_root(spec: SourceSpec) -> str:
+    """Where a source is, spelt the same from every working directory."""
+    if spec.path == PYTHON_STDLIB:
+        return sysconfig.get_paths()["stdlib"]
+    return spec.path if "://" in spec.path else os.path.abspath(os.path.expanduser(spec.path))
+
+
+def find_files(spec: SourceSpec) -> Corpus:
+    """List a source's files. Raises DataError where there are none."""
+    assert spec.name, "named_sources gives every source its name"
+    root, files = _python_stdlib() if spec.path == PYTHON_STDLIB else _match(source_root(spec))
+    if not files:
+        raise DataError(
+            f"source {spec.path}: matches no files of text; name a file, or a glob such as "
+            f"{root}/**/*.txt (a folder's name takes in text, source code, .jsonl and .parquet)"
+        )
+    if not any(file.size for file in files):
+        raise DataError(f"source {spec.path}: all its {len(files)} files are empty; name others")
+    return Corpus(spec.name, root, spec.text_field, tuple(sorted(files, key=lambda f: f.path)))
+
+
+def _python_stdlib() -> tuple[str, list[TextFile]]:
+    root = sysconfig.get_paths()["stdlib"]
+    outside = {"site-packages", "dist-packages", "__pycache__"}
+    files = [file for name in sorted(os.listdir(root)) if name not in outside
+             for file in _list(f"{root}/{name}", root)]  # fmt: skip
+    return root, [
+        file
+        for file in files
+        if file.path.endswith(".py") and outside.isdisjoint(file.path.split("/"))
+    ]
+
+
+def _match(path: str) -> tuple[str, list[TextFile]]:
+    """The root and the files that a path means: a file, a folder, or a glob."""
+    filesystem, inner = locate(path)
+    info = _file_info(filesystem, inner, path)
+    if info.type == pafs.FileType.File:
+        root = path.partition("?")[0] if "://" in path else path
+        query = path[len(root) :]
+        root = root.rsplit("/", 1)[0] or "/"
+        return root + query, [TextFile(info.base_name, info.size, info.mtime_ns)]
+    if info.type == pafs.FileType.Directory:
+        return path.rstrip("/") or "/", [file for file in _list(path, path) if _is_text(file.path)]
+    root, pattern = _split_glob(path)
+    if not pattern:
+        raise DataError(f"source {path}: not found; correct the path")
+    matches = _glob_regex(pattern).fullmatch
+    return root, [file for file in _list(root, root) if matches(file.path)]
+
+
+def _file_info(filesystem: pafs.FileSystem, inner: str, path: str) -> pafs.FileInfo:
+    try:
+        return filesystem.get_file_info([inner])[0]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"source {path}: cannot be reached ({one_line(error)})") from error
+
+
+def _list(path: str, root: str) -> list[TextFile]:
+    """Every file at or below a path, with its path below the root."""
+    filesystem, inner = locate(path)
+    prefix = len(locate(root)[1].rstrip("/")) + 1
+    try:
+        infos = filesystem.get_file_info([inner])
+        if infos[0].type == pafs.FileType.Directory:
+            infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"source {path}: cannot be listed ({one_line(error)})") from error
+    return [
+        TextFile(info.path[prefix:], info.size, info.mtime_ns)
+        for info in infos
+        if info.type == pafs.FileType.File
+    ]
+
+
+def _is_text(path: str) -> bool:
+    """Whether a folder's name takes this file in: known kind of text, and nothing hidden."""
+    parts = path.split("/")
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return not hidden and file_kind(path) in PLAIN_TEXT | JSON_LINES | PARQUET
+
+
+def file_kind(path: str) -> str:
+    """The extension that says how a file is read, without that of its compression."""
+    stem, extension = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if extension in COMPRESSED else extension
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """A glob's fixed folder and its pattern; an address keeps its `?key=value` with the folder."""
+    query, wild = "", r"[*?\[]"
+    if "://" in path:
+        path, mark, query = path.partition("?")
+        query, wild = mark + query, r"[*\[]"
+    found = re.search(wild, path)
+    if not found:
+        return path + query, ""
+    slash = path.rfind("/", 0, found.start())
+    return (path[:slash] or "/") + query, path[slash + 1 :]
+
+
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    """`*` and `?` stay within a folder; `**/` is any number of folders, also none."""
+    regex = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+]|.", pattern):
+        special = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+        if token in special:
+            regex += special[token]
+        elif token.startswith("[") and len(token) > 2:
+            inner = token[1:-1].replace("\\", r"\\")
+            regex += f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
+        else:
+            regex += re.escape(token)
+    return re.compile(regex, re.DOTALL)
+
+
+# ── the work, cut into units ─────────────────────────────────────────────────────────────────────
+
+
+def plan_units(corpus: Corpus) -> list[Unit]:
+    """Cut a source into units of about the same size; a big file is a unit of its own.
+
+    A small file closes its unit with a chance of its size over the unit's, drawn from a hash of its
+    path. So where units end is a matter of each file alone, and a file that is added, changed or
+    removed disturbs its own unit and not all that follow.
+    """
+    target = _unit_bytes(corpus.size)
+    units: list[Unit] = []
+    pending: list[TextFile] = []
+
+    def close() -> None:
+        if pending:
+            units.append(Unit(corpus.name, corpus.root, corpus.text_field, tuple(pending)))
+            pending.clear()
+
+    big = {file.path: file for file in corpus.files if file.size >= target}
+    parts = _split_parquet(
+        corpus.root, [f for f in big.values() if file_kind(f.path) in PARQUET], target
+    )
+    for file in corpus.files:
+        if file.path in big:
+            close()
+            for part in parts.get(file.path, [file]):
+                pending.append(part)
+                close()
+            continue
+        pending.append(file)
+        if draw(file.path) < file.size / target or sum(f.size for f in pending) >= 2 * target:
+            close()
+    close()
+    return units
+
+
+def _unit_bytes(total: int) -> int:
+    """An eighth of the source, as a power of two (so that it seldom changes), within limits."""
+    eighth = 2 ** max(0, (total // 8).bit_length() - 1)
+    return min(max(eighth, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+
+
+def draw(*names: str | int) -> float:
+    """A number in [0, 1) that depends on the names alone."""
+    digest = hashlib.blake2b("\0".join(map(str, names)).encode("utf-8", "surrogateescape"))
+    return int.from_bytes(digest.digest()[:8], "big") / 2**64
+
+
+def _split_parquet(root: str, files: list[TextFile], target: int) -> dict[str, list[TextFile]]:
+    """Big Parquet files cut by row groups, by path; one that cannot be opened stays whole."""
+    filesystem, inner = locate(root)
+
+    def split(file: TextFile) -> list[TextFile]:
+        try:
+            with filesystem.open_input_file(f"{inner}/{file.path}") as stream:
+                num_groups = pq.ParquetFile(stream).metadata.num_row_groups
+        except (OSError, pa.ArrowException):
+            return [file]  # reading it will say what is wrong
+        num_parts = max(1, min(num_groups, round(file.size / target)))
+        bounds = [num_groups * part // num_parts for part in range(num_parts + 1)]
+        return [
+            replace(file, size=file.size // num_parts, row_groups=(bounds[part], bounds[part + 1]))
+            for part in range(num_parts)
+        ]
+
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip([file.path for file in files], pool.map(split, files), strict=True))
+
+
+def is_held_out(source: str, path: str, index: int, share: float) -> bool:
+    """Whether a document belongs to validation: by a hash of its name, not by order or chance."""
+    return draw("validation", source, path, index) < share

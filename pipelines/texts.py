@@ -1,0 +1,210 @@
+"""The texts in a source's files.
+
+    Unit ── read_unit ──> Text | Unreadable, …         in the files' order
+    Corpora ── sample_texts ──> str, …                 what a tokenizer is trained on
+
+What a document is: a text file, a line of JSON Lines, a row of a Parquet file. Files may be
+compressed (.gz, .zst, .bz2, .lz4). A text file longer than PIECE_BYTES is read in pieces cut at
+line ends, so that a big file is never whole in memory and still gives its share to the hold-out.
+Text is UTF-8, kept byte for byte; only a byte-order mark is dropped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipelines.corpus import JSON_LINES, PARQUET, Corpus, TextFile, Unit, draw, file_kind
+from pipelines.errors import DataError
+from pipelines.storage import locate, one_line
+
+PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document, or a piece of a long one; `index` counts its file's pieces, lines or rows."""
+
+    path: str
+    index: int
+    content: str
+    num_bytes: int
+    ends_document: bool = True
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A text that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+def read_unit(unit: Unit) -> Iterator[Text | Unreadable]:
+    """Every text of a unit's files, in order. Raises DataError where the storage fails."""
+    for file in unit.files:
+        yield from read_file(unit.root, file, unit.text_field)
+
+
+def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unreadable]:
+    """The texts of one file; what storage delivers but cannot be decoded is Unreadable.
+
+    Raises DataError where the storage fails: that is never a reason to leave out a text.
+    """
+    filesystem, inner = locate(root)
+    path = f"{inner.rstrip('/')}/{file.path}"
+    last: Text | None = None
+    try:
+        for text in _decoded(filesystem, path, file, text_field):
+            last = text if isinstance(text, Text) else last
+            yield text
+    except OSError as error:
+        raise DataError(f"{root}/{file.path}: cannot be read ({one_line(error)})") from error
+    if last and not last.ends_document:  # the rest was unreadable; the document ends all the same
+        yield Text(file.path, last.index + 1, "", 0)
+
+
+def _decoded(
+    filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
+) -> Iterator[Text | Unreadable]:
+    kind = file_kind(file.path)
+    try:
+        if kind in PARQUET:
+            yield from _parquet_rows(filesystem, path, file, text_field)
+        elif kind in JSON_LINES:
+            yield from _json_lines(filesystem, path, file, text_field)
+        else:
+            yield from _pieces(filesystem, path, file)
+    except (OSError, pa.ArrowException) as error:
+        _read_through(filesystem, path)  # raises if it is the storage that failed
+        yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")
+
+
+def _read_through(filesystem: pafs.FileSystem, path: str) -> None:
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while stream.read(2**22):
+            pass
+
+
+# ── text files ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _pieces(filesystem: pafs.FileSystem, path: str, file: TextFile) -> Iterator[Text | Unreadable]:
+    """A text file as its pieces; only the last one ends the document."""
+    index = 0
+    pending = b""
+    with filesystem.open_input_stream(path, compression="detect") as stream:
+        while chunk := stream.read(PIECE_BYTES):
+            pending += chunk
+            while len(pending) > PIECE_BYTES:
+                cut = _cut(pending)
+                yield _decode(file.path, index, pending[:cut], ends_document=False)
+                pending = pending[cut:]
+                index += 1
+    if pending:
+        yield _decode(file.path, index, pending, ends_document=True)
+
+
+def _cut(pending: bytes) -> int:
+    """Where a piece ends: after its last line, or for want of one between two characters."""
+    after_line = pending.rfind(b"\n", 0, PIECE_BYTES) + 1
+    if after_line:
+        return after_line
+    cut = PIECE_BYTES
+    while cut > PIECE_BYTES - 4 and pending[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
+        cut -= 1
+    return cut
+
+
+def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text | Unreadable:
+    if index == 0:
+        raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
+    try:
+        return Text(path, index, raw.decode("utf-8"), len(raw), ends_document)
+    except UnicodeDecodeError as error:
+        piece = f"piece {index + 1}: " if index or not ends_document else ""
+        return Unreadable(path, f"{piece}not UTF-8 at byte {error.start} ({error.reason})")
+
+
+# ── files of many documents ──────────────────────────────────────────────────────────────────────
+
+
+def _json_lines(
+    filesystem: pafs.FileSystem, path: str, file: TextFile, field: str
+) -> Iterator[Text | Unreadable]:
+    with filesystem.open_input_stream(path, compression="detect") as stream:
+        for index, line in enumerate(io.BufferedReader(stream, PIECE_BYTES)):
+            if not line.strip():
+                continue
+            where = f"line {index + 1}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Unreadable(file.path, f"{where}: not JSON ({one_line(error)})")
+                continue
+            value = row.get(field) if isinstance(row, dict) else None
+            yield from _field_text(file.path, index, value, where, field)
+
+
+def _parquet_rows(
+    filesystem: pafs.FileSystem, path: str, file: TextFile, field: str
+) -> Iterator[Text | Unreadable]:
+    with filesystem.open_input_file(path) as stream:
+        parquet = pq.ParquetFile(stream)
+        names = parquet.schema_arrow.names
+        if field not in names:
+            found = ", ".join(names)
+            yield Unreadable(file.path, f"no column {field!r} (text_field); it has {found}")
+            return
+        start, stop = file.row_groups or (0, parquet.num_row_groups)
+        index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
+        groups = range(start, stop)
+        for batch in parquet.iter_batches(256, groups, [field], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                yield from _field_text(file.path, index, value, f"row {index + 1}", field)
+                index += 1
+
+
+def _field_text(
+    path: str, index: int, value: object, where: str, field: str
+) -> Iterable[Text | Unreadable]:
+    """The text of one line or row: nothing for an empty one."""
+    if not isinstance(value, str):
+        return [Unreadable(path, f"{where}: no text in field {field!r} (text_field)")]
+    try:
+        num_bytes = len(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        return [Unreadable(path, f"{where}: a lone surrogate, which is not text")]
+    return [Text(path, index, value, num_bytes)] if value else []
+
+
+# ── a sample, to train a tokenizer on ────────────────────────────────────────────────────────────
+
+
+def sample_texts(corpora: Sequence[Corpus], limit: int) -> Iterator[str]:
+    """About `limit` characters of text, equally from each source, in a hash's order of its files.
+
+    A file gives at most what each would give if all gave the same, but at least 64 Ki: of many
+    small files some are taken whole, of a few big ones each gives its beginning.
+    """
+    for corpus in corpora:
+        left = limit // len(corpora)
+        quota = max(2**16, left // len(corpus.files))
+        for file in sorted(corpus.files, key=lambda file: draw("sample", file.path)):
+            if left <= 0:
+                break
+            taken = 0
+            for text in read_file(corpus.root, file, corpus.text_field):
+                if isinstance(text, Text):
+                    content = text.content[: quota - taken]
+                    taken += len(content)
+                    yield content
+                if taken >= quota:
+                    break
+            left -= taken

@@ -1,0 +1,193 @@
+"""Checkpoints: commit, verify, fall back, keep. One process; ranks meet in test_fsdp and test_runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tst_ray.checkpoint import (
+    MARKER,
+    META,
+    Checkpointer,
+    committed,
+    find_good,
+    folder_name,
+    load_full,
+    read_meta,
+)
+from tst_ray.errors import RunError
+from tst_ray.storage import Storage
+
+
+class Events(list[tuple[str, dict[str, Any]]]):
+    def __call__(self, kind: str, **details: Any) -> None:
+        self.append((kind, details))
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self]
+
+
+def make_state(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((40, 3), float(step)), "b": torch.arange(5) + step}}
+
+
+def checkpointer(root: Storage, events: Events, **options: Any) -> Checkpointer:
+    return Checkpointer(root, **{"keep": 3, "background": True, "on_event": events, **options})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "checkpoints"))
+
+
+def save_steps(root: Storage, *steps: int, **options: Any) -> Events:
+    events = Events()
+    saver = checkpointer(root, events, **options)
+    for step in steps:
+        saver.save(step, make_state(step), {"data_tokens": step * 7})
+    saver.wait()
+    return events
+
+
+def restored(root: Storage, events: Events) -> tuple[int, dict[str, Any]]:
+    state = make_state(0)
+    return checkpointer(root, events).restore(state), state
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_is_saved_is_restored(root: Storage, background: bool) -> None:
+    events = save_steps(root, 10, background=background)
+    step, state = restored(root, Events())
+    assert step == 10
+    assert torch.equal(state["model"]["w"], make_state(10)["model"]["w"])
+    assert torch.equal(state["model"]["b"], make_state(10)["model"]["b"])
+    assert events.kinds() == ["checkpoint"]
+    assert events[0][1]["bytes"] > 0
+    assert read_meta(committed(root)[0]).meta["data_tokens"] == 70
+
+
+def test_the_state_may_change_once_save_returns(root: Storage) -> None:
+    state = make_state(10)
+    saver = checkpointer(root, Events())
+    saver.save(10, state, {})
+    state["model"]["w"].fill_(-1.0)
+    saver.wait()
+    assert torch.equal(restored(root, Events())[1]["model"]["w"], make_state(10)["model"]["w"])
+
+
+def test_nothing_committed_is_step_0(root: Storage) -> None:
+    assert restored(root, Events())[0] == 0
+
+
+def test_without_its_marker_a_checkpoint_does_not_exist(root: Storage) -> None:
+    save_steps(root, 10, 20)
+    (root / folder_name(20)).remove(MARKER)
+    assert [info.step for info in committed(root)] == [10]
+    assert restored(root, Events())[0] == 10
+
+
+def data_file(folder: Storage) -> Path:
+    return next(Path(folder.path).glob("*.distcp"))
+
+
+def cut(folder: Storage) -> None:
+    path = data_file(folder)
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(folder: Storage) -> None:
+    path = data_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def lose(folder: Storage) -> None:
+    data_file(folder).unlink()
+
+
+def forge(folder: Storage) -> None:
+    path = Path(folder.at(META))
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "bytes instead of"),
+        (flip, "another checksum"),
+        (lose, "is missing"),
+        (forge, "not the one that was committed"),
+    ],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    root: Storage, damage: Callable[[Storage], None], said: str
+) -> None:
+    save_steps(root, 10, 20)
+    damage(root / folder_name(20))
+    events = Events()
+    step, state = restored(root, events)
+    assert step == 10
+    assert torch.equal(state["model"]["w"], make_state(10)["model"]["w"])
+    assert events.kinds() == ["checkpoint_damaged"]
+    assert events[0][1]["step"] == 20
+    assert said in events[0][1]["problem"]
+
+
+def test_all_damaged_is_an_error_never_step_0(root: Storage) -> None:
+    save_steps(root, 10, 20)
+    for step in (10, 20):
+        flip(root / folder_name(step))
+    with pytest.raises(RunError, match=r"all 2 checkpoints .* damaged, 20 steps would be lost"):
+        find_good(root, Events())
+
+
+def test_the_last_ones_are_kept(root: Storage) -> None:
+    save_steps(root, 10, 20, 30, 40, keep=2)
+    assert root.names() == [folder_name(30), folder_name(40)]
+
+
+def test_leftovers_of_an_interrupted_save_go(root: Storage) -> None:
+    (root / folder_name(5)).write("half.distcp", b"x")
+    save_steps(root, 10)
+    assert root.names() == [folder_name(10)]
+
+
+def test_the_same_step_can_be_saved_again_after_an_interruption(root: Storage) -> None:
+    (root / folder_name(10)).write("__0_0.distcp", b"half")
+    save_steps(root, 10)
+    assert restored(root, Events())[0] == 10
+
+
+def test_a_failed_save_is_an_event_and_the_next_one_works(root: Storage) -> None:
+    events = Events()
+    saver = checkpointer(root, events)
+    saver.save(10, make_state(10), {})
+    saver.wait()
+    blocker = Path(root.path) / folder_name(20)
+    saver.root = Storage(str(Path(root.path) / folder_name(10) / MARKER))  # a file, not a folder
+    saver.save(20, make_state(20), {})
+    saver.wait()
+    assert saver.failed_saves == 1
+    saver.root = root
+    saver.save(30, make_state(30), {})
+    saver.wait()
+    assert events.kinds() == ["checkpoint", "checkpoint_failed", "checkpoint"]
+    assert saver.failed_saves == 0
+    assert not blocker.exists()
+    assert restored(root, Events())[0] == 30
+
+
+def test_a_remote_filesystem_works_the_same() -> None:
+    root = Storage("memory://bucket/checkpoints")
+    root.remove()
+    save_steps(root, 10, 20)
+    assert restored(root, Events())[0] == 20
+    state = make_state(0)
+    load_full(committed(root)[0], state)
+    assert torch.equal(state["model"]["w"], make_state(20)["model"]["w"])
+    root.remove()

@@ -1,0 +1,415 @@
+"""The driver: which phase, on how many workers, from which checkpoint. The one user of ray.train.
+
+    PREPARE ──> PLAN ──> TRAIN ──> SWITCH ──> TRAIN ──> … ──> EXPORT ──> FINISHED
+                           │ ▲                                             (terminal)
+                 a worker  └─┘                          any ──────────> FAILED
+                 died: same stage, newest                                 (terminal, resumable)
+                 committed checkpoint
+
+A *stage* is a run of phases with the same workers: one worker group. Inside it the phase changes
+between two steps; from stage to stage the run goes through a committed checkpoint. The coordinator
+holds no tensors and sees no samples: it reads which checkpoints are committed, starts the group that
+comes next, and ends. Where the run stands is on storage alone, so a driver that is killed loses
+nothing: the same command finds the newest committed checkpoint and goes on in the right phase.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import DataError
+from pipelines.ingest import Feed
+from pipelines.order import Cut, Order, StreamSource
+from pipelines.shards import Manifest, verify_sizes
+from pipelines.tokenize import SourceSpec, prepare, prepared_folder
+from tst_ray.checkpoint import committed
+from tst_ray.config import Config
+from tst_ray.errors import ConfigError, RunError, UserError
+from tst_ray.metrics import METRICS, add_event, write_hparams
+from tst_ray.plan import Phase, Plan, build_plan
+from tst_ray.runstore import PLAN, open_run, read_events, update_state
+from tst_ray.session import check_capacity, ray_session, worker_resources
+from tst_ray.storage import Storage
+
+Say = Callable[[str], None]
+
+
+class State(enum.Enum):
+    """Where the driver is. FINISHED and FAILED are terminal; FAILED can be resumed."""
+
+    PREPARE = "preparing the corpus"
+    PLAN = "planning"
+    TRAIN = "training a stage on its worker group"
+    SWITCH = "the stage is committed; the next one has other workers"
+    EXPORT = "writing the model folder"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left behind.
+
+    Attributes:
+        records: the last line of metrics.jsonl of each phase.
+        val_loss: the final validation loss in nats; None where no text was held out.
+        samples: a few continuations by the trained model.
+    """
+
+    run: Storage
+    plan: Plan
+    records: tuple[dict[str, Any], ...]
+    val_loss: float | None
+    model_folder: str
+    samples: tuple[str, ...]
+
+
+def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
+    """The run's shards: those named by `data.prepared`, or made from `data.sources`.
+
+    Raises:
+        DataError: with the file and the remedy.
+    """
+    data = config.data
+    if data.prepared:
+        manifest = Manifest.load(data.prepared)
+    else:
+        sources = tuple(
+            SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
+            for s in data.sources
+        )
+        settings: dict[str, Any] = {
+            "tokenizer": data.tokenizer,
+            "vocab_size": data.vocab_size,
+            "validation_share": data.validation_share,
+            "row_tokens": data.row_tokens,
+            "undecodable": data.undecodable,
+        }
+        cache = data.cache or f"{Storage(config.run.storage).url}/shards"
+        folder = prepared_folder(cache, sources, **settings)
+        manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
+    verify_sizes(manifest)
+    return manifest
+
+
+def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
+    """The order of the run over these shards."""
+    by_name = {spec.name: spec.weight for spec in config.data.sources if spec.weight is not None}
+    weights = [by_name.get(source.name) for source in manifest.sources]
+    sources = tuple(
+        # Without weights every source is read at the same pace: as many epochs of each.
+        StreamSource(source.name, source.train.tokens, weight or float(source.train.tokens))
+        if None in weights
+        else StreamSource(source.name, source.train.tokens, weight or 0.0)
+        for source, weight in zip(manifest.sources, weights, strict=True)
+    )
+    cuts = tuple(
+        Cut(
+            phase.first_step,
+            phase.steps,
+            phase.num_sequences,
+            phase.data_length,
+            phase.lookahead,
+        )
+        for phase in plan.phases
+    )
+    block_tokens = manifest.row_tokens
+    return Order(sources, cuts, block_tokens, config.data.shuffle_tokens, config.run.seed)
+
+
+def build_feeds(plan: Plan, order: Order, manifest: Manifest) -> tuple[Feed, ...]:
+    """One feed a phase."""
+    return tuple(
+        Feed(manifest.folder, manifest.fingerprint, order, phase.index, phase.input_bag)
+        for phase in plan.phases
+    )
+
+
+class Coordinator:
+    """Drives one run from where it stands to its end.
+
+    Args:
+        config: the run's.
+        terminal: what the user sees; `say` and `quiet` (see display.py).
+    """
+
+    def __init__(self, config: Config, terminal: Any) -> None:
+        self.config, self.terminal, self.say = config, terminal, terminal.say
+        self.plan = build_plan(config)
+        self.state = State.PREPARE
+
+    def run(self) -> Outcome:
+        """Train to the end.
+
+        Raises:
+            ConfigError: before anything starts.
+            RunError, DataError: the run stopped; the same command resumes it.
+        """
+        with open_run(self.config) as run:
+            try:
+                if self.config.cluster.backend == "inline":
+                    return self._drive(run, self._train_inline, "inline")
+                return self._with_ray(run)
+            except BaseException as error:
+                self.state = State.FAILED
+                if run.exists("run.json"):
+                    update_state(run, status="failed")
+                add_event(run, "failed", error=_one_line(error))
+                raise
+
+    def _with_ray(self, run: Storage) -> Outcome:
+        log_path = run.path if run.is_local else str(Path.cwd())
+        with self.terminal.quiet(f"{log_path}/ray.log"):
+            self.say("starting Ray")
+            with ray_session(self.config, self.plan):
+                check_capacity(self.config, self.plan, self.say)
+                return self._drive(run, self._train_on_ray, "ray")
+
+    def _drive(self, run: Storage, train_stage: Callable[..., None], backend: str) -> Outcome:
+        manifest = prepare_corpus(self.config, backend, self.say)
+        self._enter(State.PLAN)
+        order = build_order(self.config, self.plan, manifest)
+        feeds = build_feeds(self.plan, order, manifest)
+        self._check_same_corpus(run, manifest)
+        for number, stage in enumerate(self.plan.stages()):
+            last_step = stage[-1].last_step
+            if newest_step(run) >= last_step:
+                continue
+            if number and newest_step(run) == stage[0].first_step:
+                self._enter(State.SWITCH)
+                add_event(run, "switch", step=stage[0].first_step, workers=_workers(stage[0]))
+            self._enter(State.TRAIN)
+            self._announce(stage, newest_step(run))
+            self._train(run, feeds, manifest, stage, train_stage)
+        return self._finish(run, backend)
+
+    def _train(
+        self,
+        run: Storage,
+        feeds: tuple[Feed, ...],
+        manifest: Manifest,
+        stage: tuple[Phase, ...],
+        train_stage: Callable[..., None],
+    ) -> None:
+        from tst_ray.display import watch
+        from tst_ray.worker import Job
+
+        job = Job(self.config, self.plan, feeds, manifest.folder, run.url, stage[-1].last_step)
+        with watch(run, self.plan, self.terminal):
+            train_stage(run, job, stage)
+        if newest_step(run) < job.last_step:
+            raise RunError(
+                f"{run.url}: training reached step {job.last_step}, but its checkpoint was not "
+                "committed; see events.jsonl there, and run the same command again"
+            )
+
+    def _train_inline(self, run: Storage, job: Any, stage: tuple[Phase, ...]) -> None:
+        """Train in this process: one worker, no Ray."""
+        from pipelines.ingest import read_inline
+        from tst_ray.worker import Place, default_device, train
+
+        train(job, Place(device=default_device()), lambda phase, step: read_inline(
+            job.feeds[phase.index], step))  # fmt: skip
+
+    def _train_on_ray(self, run: Storage, job: Any, stage: tuple[Phase, ...]) -> None:
+        """Train one stage on its worker group; Ray Train restarts the group when a worker dies."""
+        events_before = len(read_events(run))
+        try:
+            fit_stage(run, job, stage[0], self.config)
+        except Exception as error:
+            told = [event for event in read_events(run)[events_before:] if event.get("fatal")]
+            message = told[-1]["error"] if told else _one_line(error)
+            raise RunError(f"{run.url}: {message}") from error
+
+    def _announce(self, stage: tuple[Phase, ...], step: int) -> None:
+        names = " and ".join(f"phase {phase.index + 1}" for phase in stage)
+        how = f"resuming at step {step:,}" if step else "from the first step"
+        self.say(f"training {names} on {_workers(stage[0])}, {how}")
+
+    def _check_same_corpus(self, run: Storage, manifest: Manifest) -> None:
+        """Write plan.json, or refuse a corpus that is not the one the run began with."""
+        before = run.read_json(PLAN)
+        if before and before["corpus"] != manifest.fingerprint:
+            raise ConfigError(
+                f"data: {manifest.folder} holds another corpus (fingerprint "
+                f"{manifest.fingerprint[:12]}) than {run.url} began with ({before['corpus'][:12]}); "
+                "restore the text, or use another run.name"
+            )
+        if not before:
+            run.write_json(PLAN, {**self.plan.to_dict(), "corpus": manifest.fingerprint,
+                                  "shards": manifest.folder})  # fmt: skip
+
+    def _finish(self, run: Storage, backend: str) -> Outcome:
+        self._enter(State.EXPORT)
+        self.say("writing the model folder")
+        folder = run / "model"
+        samples = _call(backend, export_model, run.url, folder.url)
+        records = run.read_lines(METRICS)
+        last = tuple(
+            next(r for r in reversed(records) if r["phase"] == phase.index)
+            for phase in self.plan.phases
+        )
+        val_loss = last[-1].get("val_loss")
+        final = {"step": last[-1]["step"], "loss": last[-1]["loss"]}
+        if val_loss is not None:
+            final["val_loss"] = val_loss
+        if not any(event["event"] == "finish" for event in read_events(run)):
+            write_hparams(run, self.config.dump(), final)
+            add_event(run, "finish", **final)
+        update_state(run, status="finished", step=self.plan.total_steps, **final)
+        self._enter(State.FINISHED)
+        return Outcome(run, self.plan, last, val_loss, folder.url, tuple(samples))
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+
+
+def newest_step(run: Storage) -> int:
+    """The step of the newest committed checkpoint; 0 where there is none. Workers verify it."""
+    found = committed(run / "checkpoints")
+    return found[0].step if found else 0
+
+
+def export_model(run_url: str, folder: str) -> list[str]:
+    """Export and sample; runs where tensors may live, not in the driver."""
+    from tst_ray.export import export_run, sample_text
+
+    export_run(Storage(run_url), folder)
+    return sample_text(Storage(run_url), folder)
+
+
+def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
+    """Run `train_worker` on a Ray Train group until the stage is done.
+
+    See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers: Any = (phase.min_workers, phase.max_workers)
+    gpus = config.cluster.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers,
+            use_gpu=gpus > 0,
+            resources_per_worker=worker_resources(config),
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray Train would take a known name for a run of its own to restore. What restores ours
+            # is the newest committed checkpoint, which is newer than what Ray has been told of.
+            name=f"group-{uuid.uuid4().hex[:8]}",
+            storage_path=(run / "ray").url,
+            failure_config=ray.train.FailureConfig(max_failures=config.fault.max_failures),
+            callbacks=[_stop_on_user_error()],
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        datasets={f"phase-{feed.phase}": _given(feed) for feed in job.feeds},
+        dataset_config=_phase_data(run.url),
+    )
+    trainer.fit()
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: `worker.train`, fed by Ray Data."""
+    import ray.train
+    import ray.train.torch
+
+    from tst_ray.worker import Job, Place, train
+
+    job: Job = loop_config["job"]
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+    def open_batches(phase: Phase, step: int) -> Any:
+        shard = ray.train.get_dataset_shard(f"phase-{phase.index}")
+        rows = job.feeds[phase.index].rows_per_rank(place.world_size)
+        return shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
+
+    try:
+        train(job, place, open_batches)
+    except (UserError, DataError) as error:
+        # Trying again would meet the same: tell the driver, and stop the run.
+        add_event(Storage(job.run_url), "failure", fatal=True, rank=place.rank, error=str(error))
+        raise
+
+
+def _given(feed: Feed) -> Callable[[], Any]:
+    """Ray Train calls this at each group start; `_phase_data` makes the dataset from the feed."""
+    return lambda: feed
+
+
+def _phase_data(run_url: str) -> Any:
+    import ray.data
+    import ray.train
+
+    from pipelines.ingest import ray_dataset
+
+    class PhaseData(ray.train.DataConfig):  # type: ignore[misc,unused-ignore]
+        """Makes each phase's dataset for the group that is there, from the step it starts at.
+
+        Ray Train calls `configure` when rank 0 first asks for a phase, so after rank 0 has restored
+        a checkpoint and written to run.json which step that was.
+        """
+
+        def configure(
+            self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+        ) -> list[dict[str, Any]]:
+            step = int((Storage(run_url).read_json("run.json") or {})["step"])
+            output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+            for name, feed in datasets.items():
+                start = max(step, feed.order.cuts[feed.phase].first_step)
+                dataset = ray_dataset(feed, start, world_size)
+                dataset.set_name(name)
+                dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+                dataset.context.enable_progress_bars = False
+                splits = dataset.streaming_split(world_size, equal=True)
+                for rank, split in enumerate(splits):
+                    output[rank][name] = split
+            return output
+
+    return PhaseData()
+
+
+def _stop_on_user_error() -> Any:
+    import ray.train
+
+    class StopOnUserError(ray.train.UserCallback):  # type: ignore[misc,unused-ignore]
+        """Ends the run on errors that a restart would only meet again."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            for error in worker_exceptions.values():
+                cause = getattr(error, "_base_exc", error)
+                if isinstance(cause, (UserError, DataError)):
+                    raise RunError(str(cause))
+
+    return StopOnUserError()
+
+
+def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as a Ray task, or here where there is no Ray."""
+    if backend == "inline":
+        return function(*args)
+    import ray
+
+    return ray.get(ray.remote(function).options(num_cpus=1).remote(*args))
+
+
+def _workers(phase: Phase) -> str:
+    low, high = phase.min_workers, phase.max_workers
+    if low != high:
+        return f"{low} to {high} workers"
+    return f"{low} worker{'s' if low != 1 else ''}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1][:500]

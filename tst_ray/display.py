@@ -1,0 +1,182 @@
+"""What a person sees while a run goes: a line for each stage, a bar for each phase, a summary.
+
+Everything Ray and its workers print goes to a file instead (`Terminal.quiet`). On a terminal the
+bars are live; elsewhere (a job's log) a line comes every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tst_ray.metrics import METRICS
+from tst_ray.plan import Phase, Plan
+from tst_ray.storage import Storage
+
+_POLL_S = 0.5
+_LINE_EVERY_S = 15.0
+_TAIL_BYTES = 64 << 10
+
+
+class Terminal:
+    """The user's terminal, which stays ours while descriptors 1 and 2 point to a log file."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        self.console = Console(
+            file=self._out,
+            highlight=False,
+            soft_wrap=True,
+            force_terminal=os.isatty(1) or None,
+        )
+
+    def say(self, text: str) -> None:
+        """One line on what is being done."""
+        self.console.print(text)
+
+    @contextlib.contextmanager
+    def quiet(self, log_path: str) -> Iterator[None]:
+        """Send all other output of this process and its children to a file."""
+        saved = os.dup(1), os.dup(2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+@contextlib.contextmanager
+def watch(run: Storage, plan: Plan, terminal: Terminal) -> Iterator[None]:
+    """Show the run's progress, read from its metrics, while the block runs."""
+    stop = threading.Event()
+    live = terminal.console.is_terminal
+    target = _show_bars if live else _show_lines
+    thread = threading.Thread(target=target, args=(run, plan, terminal, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def last_records(run: Storage) -> list[dict[str, Any]]:
+    """The newest records of metrics.jsonl, oldest first; empty before the first step."""
+    return run.tail_records(METRICS, _TAIL_BYTES)
+
+
+def describe_phase(phase: Phase, num_phases: int) -> str:
+    """A phase in a few words: "phase 1/2 · bags of 4"."""
+    what = f"bags of {phase.bag_size}" if phase.bag_size > 1 else "next token"
+    return f"phase {phase.index + 1}/{num_phases} · {what}"
+
+
+class _Latest:
+    """The newest record, with the newest validation loss."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+        self._val_loss: float | None = None
+
+    def read(self) -> dict[str, Any] | None:
+        records = last_records(self._run)
+        for record in records:
+            self._val_loss = record.get("val_loss", self._val_loss)
+        return {**records[-1], "val_loss": self._val_loss} if records else None
+
+
+def _fields(record: dict[str, Any]) -> str:
+    """loss 2.913  val 2.871  lr 2.0e-03  312k tok/s  2 workers"""
+    val_loss = record["val_loss"]
+    val = f"{val_loss:.3f}" if val_loss is not None else "–"
+    workers = record["world_size"]
+    return (
+        f"loss {record['loss']:.3f}  val {val}  lr {record['lr']:.1e}  "
+        f"{short_number(record['tokens_per_s'])} tok/s  "
+        f"{workers} worker{'s' if workers != 1 else ''}"
+    )
+
+
+def _show_bars(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:
+    latest = _Latest(run)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=terminal.console, refresh_per_second=4) as progress:
+        tasks = [
+            progress.add_task(
+                describe_phase(phase, len(plan.phases)), total=phase.steps, start=False, status=""
+            )
+            for phase in plan.phases
+        ]
+        while True:
+            finishing = stop.wait(_POLL_S)
+            record = latest.read()
+            if record:
+                _advance_bars(progress, tasks, plan, record)
+            if finishing:
+                return
+
+
+def _advance_bars(progress: Progress, tasks: list[Any], plan: Plan, record: dict[str, Any]) -> None:
+    for phase, task in zip(plan.phases, tasks, strict=True):
+        done = min(max(record["step"] - phase.first_step, 0), phase.steps)
+        if done and not progress.tasks[task].started:
+            progress.start_task(task)
+        status = {"status": _fields(record)} if phase.index == record["phase"] else {}
+        progress.update(task, completed=done, **status)
+
+
+def _show_lines(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:
+    latest, shown, shown_at = _Latest(run), 0, 0.0
+    while True:
+        finishing = stop.wait(_POLL_S)
+        due = finishing or time.monotonic() - shown_at > _LINE_EVERY_S
+        record = latest.read() if due else None
+        if record and record["step"] != shown:
+            shown, shown_at = record["step"], time.monotonic()
+            left_s = (plan.total_steps - shown) * record["step_time_s"]
+            phase = describe_phase(plan.phases[record["phase"]], len(plan.phases))
+            terminal.say(
+                f"{phase}  step {shown:,}/{plan.total_steps:,}  {_fields(record)}  "
+                f"{duration(left_s)} left"
+            )
+        if finishing:
+            return
+
+
+def short_number(value: float) -> str:
+    """1,234,567 as 1.23M."""
+    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= bound:
+            return f"{value / bound:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 4:05 or 2:10:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

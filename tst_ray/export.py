@@ -1,0 +1,140 @@
+"""From a run to an ordinary Hugging Face folder, and a few lines of what the model writes.
+
+    export_run    newest good checkpoint → config.json, model.safetensors, the tokenizer
+    sample_text   continuations by plain `transformers`, from that folder
+
+Nothing of this project is needed to load the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tst_ray.checkpoint import CheckpointInfo, find_good, load_full
+from tst_ray.config import Config
+from tst_ray.errors import RunError
+from tst_ray.storage import Storage
+
+
+def export_run(run: Storage, folder: str | None = None, step: int | None = None) -> str:
+    """Write the model of a run as a Hugging Face folder.
+
+    Args:
+        run: the run directory.
+        folder: where to; None writes to `model` in the run directory.
+        step: which checkpoint; None takes the newest that verifies.
+
+    Returns:
+        the folder.
+
+    Raises:
+        RunError: there is no run, no checkpoint, or none intact.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    from pipelines.shards import Manifest
+    from tst_ray.model import build_model, hf_config
+
+    config, plan = _read_run(run)
+    info = _pick(run, step)
+    manifest = Manifest.load(plan["shards"])
+    model = build_model(
+        hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token),
+        pretrained=None,
+        seed=config.run.seed,
+        device="cpu",
+        precision="float32",
+        compile=False,
+        activation_checkpointing=False,
+        sharded=False,
+    )
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    load_full(info, state)
+    set_model_state_dict(model, state["model"])
+
+    target = folder or (run / "model").url
+    with tempfile.TemporaryDirectory() as scratch:
+        model.hf_model.save_pretrained(scratch)
+        _copy_tokenizer(Storage(manifest.tokenizer_folder), Path(scratch))
+        _publish(Path(scratch), Storage(target))
+    return target
+
+
+def sample_text(run: Storage, folder: str, num_samples: int = 3, length: int = 60) -> list[str]:
+    """Continuations of nothing (the end-of-text token) by the exported model; one string each.
+
+    Empty where the folder is not local: `transformers` loads local folders only.
+    """
+    storage = Storage(folder)
+    if not storage.is_local:
+        return []
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(storage.path)
+    model = AutoModelForCausalLM.from_pretrained(storage.path)
+    torch.manual_seed(0)
+    prompt = torch.full((num_samples, 1), tokenizer.eos_token_id)
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return list(tokenizer.batch_decode(out, skip_special_tokens=True))
+
+
+def _read_run(run: Storage) -> tuple[Config, dict[str, Any]]:
+    plan = run.read_json("plan.json")
+    if not run.exists("config.yaml") or plan is None:
+        raise RunError(f"{run.url}: not a run directory (no config.yaml and plan.json in it)")
+    return Config.model_validate(yaml.safe_load(run.read("config.yaml"))), plan
+
+
+def _pick(run: Storage, step: int | None) -> CheckpointInfo:
+    from tst_ray.checkpoint import committed, verify
+
+    root = run / "checkpoints"
+    if step is None:
+        info = find_good(root, lambda kind, **details: None)
+        if info is None:
+            raise RunError(f"{run.url}: has no checkpoint yet; nothing to export")
+        return info
+    found = [info for info in committed(root) if info.step == step]
+    if not found:
+        steps = ", ".join(str(info.step) for info in committed(root)) or "none"
+        raise RunError(f"{run.url}: has no checkpoint of step {step}; it has {steps}")
+    problem = verify(found[0])
+    if problem:
+        raise RunError(f"{found[0].folder.url}: is damaged ({problem})")
+    return found[0]
+
+
+def _copy_tokenizer(source: Storage, target: Path) -> None:
+    for name in source.names():
+        (target / name).write_bytes(source.read(name))
+
+
+def _publish(scratch: Path, target: Storage) -> None:
+    """Move the finished folder into place: a reader never sees half of one."""
+    json.loads((scratch / "config.json").read_text())  # written, and whole
+    if not target.is_local:
+        target.make()
+        for path in sorted(scratch.iterdir()):
+            target.upload(str(path), path.name)
+        return
+    place = Path(target.path)
+    fresh = place.with_name(f".{place.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(scratch, fresh)
+    shutil.rmtree(place, ignore_errors=True)
+    fresh.rename(place)

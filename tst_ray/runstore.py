@@ -1,0 +1,170 @@
+"""The run directory: opening it once, for one driver, and only for the run it belongs to.
+
+    config.yaml  plan.json     written before the first step; the run's identity
+    run.json                   where the run stands, replaced as a whole
+    driver.lock                who drives it now
+
+`open_run` checks all of that before anything starts. See DESIGN of the files in the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import yaml
+
+from tst_ray.config import Config, diff
+from tst_ray.errors import ConfigError, RunError
+from tst_ray.metrics import EVENTS
+from tst_ray.storage import Storage
+
+CONFIG, PLAN, STATE, LOCK = "config.yaml", "plan.json", "run.json", "driver.lock"
+_LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
+_RENEW_S = 15.0
+
+
+def run_storage(config: Config) -> Storage:
+    """The run directory that a config names: <run.storage>/<run.name>."""
+    return Storage(config.run.storage) / config.run.name
+
+
+def check_same_run(run: Storage, config: Config) -> None:
+    """Refuse a directory that holds a run with another config.
+
+    Raises:
+        ConfigError: one line a differing field that would change the run.
+    """
+    if not run.exists(CONFIG):
+        return
+    theirs = yaml.safe_load(run.read(CONFIG))
+    lines = diff(theirs, config.dump())
+    if lines:
+        raise ConfigError(
+            f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
+            "run.name, or the run's own settings:\n" + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Storage]:
+    """The run directory, writable, of this config, and held by this driver alone.
+
+    Raises:
+        ConfigError: it belongs to another config (nothing is overwritten).
+        RunError: it cannot be written, or another driver holds it.
+    """
+    run = run_storage(config)
+    run.check_writable()
+    with hold(run):
+        check_same_run(run, config)
+        if not run.exists(CONFIG):
+            run.write(CONFIG, config.to_yaml())
+        yield run
+
+
+@contextlib.contextmanager
+def hold(run: Storage) -> Iterator[None]:
+    """Hold the run directory against every other driver while the block runs.
+
+    On a local disk by a file lock, which the kernel lifts however the driver ends; elsewhere by a
+    lease that is renewed while the driver lives.
+
+    Raises:
+        RunError: another driver holds it; says which.
+    """
+    if run.is_local:
+        with _locked_file(run):
+            yield
+    else:
+        with _leased(run):
+            yield
+
+
+def read_state(run: Storage) -> dict[str, Any]:
+    """run.json; empty for a run that has not started."""
+    return run.read_json(STATE) or {}
+
+
+def update_state(run: Storage, **changes: Any) -> None:
+    """Change fields of run.json, keeping the others."""
+    run.write_json(STATE, {**read_state(run), **changes, "updated": round(time.time(), 3)})
+
+
+def read_events(run: Storage) -> list[dict[str, Any]]:
+    """All events, oldest first."""
+    return run.read_lines(EVENTS)
+
+
+def _owner() -> dict[str, Any]:
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": round(time.time(), 1),
+    }
+
+
+def _refusal(run: Storage, owner: dict[str, Any], remedy: str) -> RunError:
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
+    return RunError(f"{run.url}: another driver holds this run ({who}); {remedy}")
+
+
+@contextlib.contextmanager
+def _locked_file(run: Storage) -> Iterator[None]:
+    import fcntl
+
+    with open(run.at(LOCK), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(run, _read_owner(file), "stop it, or use another run.name") from None
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        yield
+
+
+def _read_owner(file: TextIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read()))
+    except ValueError:
+        return {}
+
+
+@contextlib.contextmanager
+def _leased(run: Storage) -> Iterator[None]:
+    mine = _owner()
+    other = run.read_json(LOCK)
+    if other and time.time() - other["renewed"] < _LEASE_S:
+        left = _LEASE_S - (time.time() - other["renewed"])
+        raise _refusal(
+            run, other, f"stop it, or if it is dead already try again in {left:.0f} seconds"
+        )
+
+    def renew() -> None:
+        run.write_json(LOCK, {**mine, "renewed": time.time()})
+
+    renew()
+    stop = threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(_RENEW_S):
+            renew()
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        run.remove(LOCK)

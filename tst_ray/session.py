@@ -1,0 +1,139 @@
+"""The Ray cluster a run uses: joined where there is one, else started on this machine.
+
+Ray Train reserves CPUs for its workers, Ray Data needs some to read. A cluster without room for
+both would hang without a word, so `check_capacity` refuses it with the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tst_ray.config import Config
+from tst_ray.errors import ConfigError, RunError
+from tst_ray.plan import Plan
+
+_LOCAL_OBJECT_STORE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray. `log_folder` is where Ray writes its own logs, on the head node."""
+
+    is_local: bool
+    log_folder: str
+
+
+def workers_needed(plan: Plan) -> int:
+    """The workers without which some phase cannot run."""
+    return max(phase.min_workers for phase in plan.phases)
+
+
+def cpus_needed(config: Config, num_workers: int) -> float:
+    """CPUs that `num_workers` train workers and Ray Data take together."""
+    return num_workers * config.cluster.cpus_per_worker + config.cluster.data_cpus
+
+
+def check_local(config: Config, plan: Plan) -> None:
+    """Refuse, before Ray starts, more workers than this machine has CPUs for.
+
+    Ray Data's reader shares a core with the workers here: it needs little of it.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    workers, cores = workers_needed(plan), max(os.cpu_count() or 1, 2)
+    if workers * config.cluster.cpus_per_worker > cores:
+        raise ConfigError(
+            f"cluster.workers = {workers}: needs {workers * config.cluster.cpus_per_worker:g} CPUs "
+            f"for the workers, and this machine has {cores}; lower it, lower "
+            "cluster.cpus_per_worker, or join a cluster (RAY_ADDRESS)"
+        )
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
+    """Join the cluster at RAY_ADDRESS (a Ray job has it set), or start Ray here and stop it after.
+
+    Raises:
+        RunError: there is no cluster at the address.
+    """
+    is_local = "RAY_ADDRESS" not in os.environ
+    if is_local:
+        check_local(config, plan)
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Usage statistics would leave the user's machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    options: dict[str, Any] = {"ignore_reinit_error": False, "configure_logging": True}
+    if is_local:
+        most = max(phase.max_workers for phase in plan.phases)
+        options.update(
+            num_cpus=max(os.cpu_count() or 1, int(-(-cpus_needed(config, most) // 1))),
+            include_dashboard=False,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        )
+    try:
+        context = ray.init(**options)
+    except ConnectionError as error:
+        raise RunError(
+            f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; start "
+            "one, or unset it to run on this machine"
+        ) from error
+    try:
+        yield Session(is_local, os.path.join(context.address_info["session_dir"], "logs"))
+    finally:
+        ray.shutdown()
+
+
+def check_capacity(config: Config, plan: Plan, say: Callable[[str], None]) -> None:
+    """Wait, `cluster.wait_s` at most, until the cluster has room for the smallest allowed group.
+
+    Raises:
+        RunError: it has not; with what is needed and what there is.
+    """
+    deadline = time.monotonic() + config.cluster.wait_s
+    said = False
+    while True:
+        problem = _shortage(config, plan)
+        if problem is None:
+            return
+        if time.monotonic() >= deadline:
+            raise RunError(problem)
+        if not said:
+            say(f"waiting for the cluster to grow: {problem}")
+            said = True
+        time.sleep(1.0)
+
+
+def _shortage(config: Config, plan: Plan) -> str | None:
+    """What the cluster lacks for the smallest allowed worker group; None where it lacks nothing."""
+    import ray
+
+    workers, per_worker = workers_needed(plan), worker_resources(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in per_worker.items():
+        total = sum(node.get(name, 0.0) for node in nodes)
+        need = workers * amount + (config.cluster.data_cpus if name == "CPU" else 0)
+        places = sum(int(node.get(name, 0.0) / amount + 1e-9) for node in nodes if amount)
+        if total + 1e-9 < need or (amount and places < workers):
+            extra = f" and {config.cluster.data_cpus} for Ray Data" if name == "CPU" else ""
+            return (
+                f"cluster.workers = {workers}: needs {workers} x {amount:g} {name} for the workers"
+                f"{extra}, {need:g} in all; the cluster has {total:g} {name} on {len(nodes)} "
+                "node(s); add nodes, lower cluster.workers, or let it grow with cluster.wait_s"
+            )
+    return None
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What Ray Train reserves for each worker."""
+    resources = {"CPU": config.cluster.cpus_per_worker, **config.cluster.resources_per_worker}
+    if config.cluster.gpus_per_worker:
+        resources["GPU"] = config.cluster.gpus_per_worker
+    return resources

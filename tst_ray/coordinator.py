@@ -16,8 +16,6 @@ nothing: the same command finds the newest committed checkpoint and goes on in t
 from __future__ import annotations
 
 import enum
-import json
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,26 +75,49 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     Raises:
         DataError: with the file and the remedy.
     """
-    data = config.data
-    if data.prepared:
-        manifest = Manifest.load(data.prepared)
+    if config.data.prepared:
+        manifest = Manifest.load(config.data.prepared)
     else:
-        sources = tuple(
-            SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
-            for s in data.sources
-        )
-        settings: dict[str, Any] = {
-            "tokenizer": data.tokenizer,
-            "vocab_size": data.vocab_size,
-            "validation_share": data.validation_share,
-            "row_tokens": data.row_tokens,
-            "undecodable": data.undecodable,
-        }
-        cache = data.cache or f"{Storage(config.run.storage).url}/shards"
-        folder = prepared_folder(cache, sources, **settings)
+        sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
     verify_sizes(manifest)
     return manifest
+
+
+def prepare_only(config: Config, say: Say) -> Manifest:
+    """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
+    if config.cluster.backend == "inline":
+        return prepare_corpus(config, "inline", say)
+    with ray_session(config, build_plan(config)):
+        return prepare_corpus(config, "ray", say)
+
+
+def find_prepared(config: Config) -> Manifest | None:
+    """The run's shards where they are prepared already, else None."""
+    if config.data.prepared:
+        return Manifest.load(config.data.prepared)
+    try:
+        return Manifest.load(_preparation(config)[2])
+    except DataError:
+        return None
+
+
+def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any], str]:
+    """The sources, the settings, and the folder of shards that belongs to them."""
+    data = config.data
+    sources = tuple(
+        SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
+        for s in data.sources
+    )
+    settings: dict[str, Any] = {
+        "tokenizer": data.tokenizer,
+        "vocab_size": data.vocab_size,
+        "validation_share": data.validation_share,
+        "row_tokens": data.row_tokens,
+        "undecodable": data.undecodable,
+    }
+    cache = data.cache or f"{Storage(config.run.storage).url}/shards"
+    return sources, settings, prepared_folder(cache, sources, **settings)
 
 
 def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:

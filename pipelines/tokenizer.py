@@ -1,0 +1,161 @@
+"""Tokenizers as Hugging Face folders: trained on the corpus, or taken from an id or a folder.
+
+Every prepared folder carries its own copy, and all is done with that copy as it loads again: so
+the shards, a trained model's folder and the fingerprint always speak of the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs as pafs
+
+from pipelines.errors import DataError
+from pipelines.storage import locate, one_line, read_bytes, write_atomically
+
+if TYPE_CHECKING:
+    from pipelines.shards import Manifest
+
+TRAIN = "train"
+END_OF_TEXT = "<|endoftext|>"
+NUM_BYTES = 256
+# The files of a folder that make its tokenizer (a model's folder also holds gigabytes of weights).
+_TOKENIZER_FILES = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of `vocab_size` tokens whose end-of-text token is <|endoftext|>.
+
+    The same texts give the same tokenizer. Raises DataError where the vocabulary cannot even hold
+    the bytes and the end-of-text token.
+    """
+    if vocab_size <= NUM_BYTES:
+        raise DataError(
+            f"vocab_size = {vocab_size}: must be at least {NUM_BYTES + 1}, "
+            "for the bytes and the end-of-text token"
+        )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """The Hugging Face tokenizer of an id, a folder, or a folder's address.
+
+    Raises DataError where there is none, or one without the `tokenizers` back end or without an
+    end-of-text (eos) token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _local_copy(name) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"tokenizer {name}: cannot be loaded ({one_line(error)}); "
+            "name a Hugging Face id or a folder, or train one with data.tokenizer=train"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"tokenizer {name}: has no fast version (tokenizer.json); choose another")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"tokenizer {name}: has no end-of-text token to put between documents; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _local_copy(name: str) -> Iterator[str]:
+    """A tokenizer's id or folder as Hugging Face takes it: an address is fetched first."""
+    if "://" not in name:
+        expanded = os.path.expanduser(name)
+        if name.startswith(("/", ".", "~")) and not os.path.isdir(expanded):
+            raise DataError(f"tokenizer {name}: no such folder; correct the path")
+        yield expanded
+        return
+    filesystem, root = locate(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for info in filesystem.get_file_info(pafs.FileSelector(root)):
+            if _TOKENIZER_FILES.fullmatch(info.base_name):
+                with open(f"{folder}/{info.base_name}", "wb") as copy:
+                    copy.write(read_bytes(filesystem, info.path))
+        yield folder
+
+
+def save_tokenizer(tokenizer: Any, folder: str) -> None:
+    """Write a tokenizer as a Hugging Face folder, also to an address. Raises DataError."""
+    filesystem, root = locate(folder)
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save_pretrained(local)
+        for parent, _, names in os.walk(local):
+            for name in names:
+                path = os.path.join(parent, name)
+                with open(path, "rb") as file:
+                    target = f"{root}/{os.path.relpath(path, local)}"
+                    write_atomically(filesystem, target, file.read())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of all that decides which tokens a text becomes."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest token id: what embedding and head must hold."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_identity(name: str, vocab_size: int) -> dict[str, Any]:
+    """What tells one choice of tokenizer from another without loading or training it."""
+    if name == TRAIN:
+        return {"train": vocab_size}
+    folder = os.path.abspath(os.path.expanduser(name))
+    if "://" in name or not os.path.isdir(folder):
+        return {"name": name}
+    digest = hashlib.sha256()
+    for file in sorted(filter(_TOKENIZER_FILES.fullmatch, os.listdir(folder))):
+        with open(f"{folder}/{file}", "rb") as stream:
+            digest.update(f"{file}\n".encode() + hashlib.sha256(stream.read()).digest())
+    return {"name": folder, "files": digest.hexdigest()}
+
+
+def check_tokenizer(manifest: Manifest, name: str | None = None) -> Any:
+    """The tokenizer of a prepared folder, once it has proved to be the one its shards speak.
+
+    With `name`, that tokenizer must be the same one. Raises DataError, with both fingerprints.
+    """
+    own = load_tokenizer(manifest.tokenizer_folder)
+    others = {manifest.tokenizer_folder: own}
+    if name not in (None, TRAIN):
+        others[name] = load_tokenizer(name)
+    for where, tokenizer in others.items():
+        found = tokenizer_fingerprint(tokenizer)
+        if found != manifest.tokenizer_fingerprint:
+            raise DataError(
+                f"tokenizer {where} has fingerprint {found[:12]}…, but the shards in "
+                f"{manifest.folder} were made with {manifest.tokenizer_fingerprint[:12]}…; "
+                "use the tokenizer of the shards, or prepare them again with this one"
+            )
+    return own

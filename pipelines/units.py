@@ -1,0 +1,239 @@
+"""Units of work: one unit's files become its shards, in a plain loop or as Ray Data tasks.
+
+    NumberedUnit ── tokenize_unit ──> <source>/<split>-<number>-<part>.parquet, …
+                                          then units/<key>.json, the record that commits them
+
+A unit without a record was not finished. A unit's key is a hash of all that its shards depend on,
+so a record found under a wanted key is finished work, as long as its shards are whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.fs as pafs
+
+from pipelines.corpus import Unit, is_held_out
+from pipelines.errors import DataError
+from pipelines.shard_writer import ShardWriter
+from pipelines.shards import SPLITS, Shard, damaged_shards
+from pipelines.storage import locate, read_bytes, write_atomically
+from pipelines.texts import Text, Unreadable, read_unit
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH_BYTES = 2**22
+MAX_NAMED_SKIPS = 100
+Record = dict[str, Any]
+
+
+# ── one unit of work ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every unit of a preparation has in common; travels to the tasks once."""
+
+    folder: str
+    tokenizer_json: str
+    eot_token: int
+    dtype: str
+    validation_share: float
+    row_tokens: int
+    undecodable: str
+    max_shard_tokens: int
+
+
+@dataclass(frozen=True)
+class NumberedUnit:
+    """A unit with its key and the number that its shards are named by."""
+
+    unit: Unit
+    key: str
+    number: int
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer_json: str) -> Tokenizer:
+    """The tokenizer for plain text: nothing added or cut, and no text taken for a special token."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenize_unit(job: Job, numbered: NumberedUnit) -> Record:
+    """Write one unit's shards and then the record that commits them, which is returned.
+
+    Raises DataError where storage fails, or for an unreadable text when those are refused.
+    """
+    unit = numbered.unit
+    writers = {
+        split: ShardWriter(
+            job.folder,
+            f"{unit.source}/{split}-{numbered.number:05d}",
+            dtype=job.dtype,
+            row_tokens=job.row_tokens,
+            max_shard_tokens=job.max_shard_tokens,
+        )
+        for split in SPLITS
+    }
+    record: Record = {
+        "key": numbered.key,
+        "number": numbered.number,
+        "source": unit.source,
+        "documents": 0,
+        "text_bytes": 0,
+        "num_skipped": 0,
+        "skipped": [],
+    }
+    for texts in _batches(read_unit(unit), job, unit, record):
+        for text, tokens in zip(texts, _encode(job, texts), strict=True):
+            held_out = is_held_out(unit.source, text.path, text.index, job.validation_share)
+            writers["validation" if held_out else "train"].add(tokens)
+            record["documents"] += text.ends_document
+            record["text_bytes"] += text.num_bytes
+    for split, writer in writers.items():
+        record[split] = [asdict(shard) for shard in writer.close()]
+    filesystem, root = locate(job.folder)
+    write_atomically(filesystem, _record_path(root, numbered.key), json.dumps(record).encode())
+    return record
+
+
+def _batches(
+    texts: Iterable[Text | Unreadable], job: Job, unit: Unit, record: Record
+) -> Iterator[list[Text]]:
+    """The readable texts, a few MiB together; the others are counted, or refused."""
+    batch: list[Text] = []
+    num_bytes = 0
+    for text in texts:
+        if isinstance(text, Unreadable):
+            if job.undecodable == "refuse":
+                raise DataError(
+                    f"{unit.root}/{text.path}: {text.reason}; mend or leave out the file, "
+                    "or set data.undecodable=skip"
+                )
+            record["num_skipped"] += 1
+            if len(record["skipped"]) < MAX_NAMED_SKIPS:
+                record["skipped"].append(asdict(text))
+            continue
+        batch.append(text)
+        num_bytes += text.num_bytes
+        if num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(job: Job, texts: list[Text]) -> Iterator[np.ndarray]:
+    """Each text's token ids [n], with the end-of-text token where its document ends."""
+    encoder = _encoder(job.tokenizer_json)
+    encodings = encoder.encode_batch_fast(
+        [text.content for text in texts], add_special_tokens=False
+    )
+    for text, encoding in zip(texts, encodings, strict=True):
+        ids = encoding.ids
+        if text.ends_document:
+            ids.append(job.eot_token)
+        yield np.array(ids, job.dtype)
+
+
+# ── all units: in a loop, or through Ray Data ────────────────────────────────────────────────────
+
+
+def run_inline(job: Job, units: list[NumberedUnit]) -> Iterator[Record]:
+    for numbered in units:
+        yield tokenize_unit(job, numbered)
+
+
+def run_on_ray(job: Job, units: list[NumberedUnit]) -> Iterator[Record]:
+    """One Ray Data task per unit (for very many units: per few), a core each."""
+    import ray
+
+    items = [{"unit": pickle.dumps(numbered)} for numbered in units]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 10_000))
+    dataset.context.enable_progress_bars = False
+    for row in dataset.map(_ray_row, fn_kwargs={"job": job}, num_cpus=1).iter_rows():
+        if row["error"]:
+            raise DataError(row["error"])
+        yield json.loads(row["record"])
+
+
+def _ray_row(row: dict[str, bytes], *, job: Job) -> dict[str, str]:
+    """A unit's outcome as a row: JSON, as the tables between tasks need equal columns."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task was given one core
+    try:
+        record = tokenize_unit(job, pickle.loads(row["unit"]))
+    except DataError as error:  # told by the driver in its one line, not by Ray in many
+        return {"record": "", "error": str(error)}
+    return {"record": json.dumps(record), "error": ""}
+
+
+# ── finished work ────────────────────────────────────────────────────────────────────────────────
+
+
+def _record_path(root: str, key: str) -> str:
+    return f"{root}/units/{key[:32]}.json"
+
+
+def finished_records(folder: str) -> dict[str, Record]:
+    """The records in a folder, by key; a damaged one does not count as finished."""
+    filesystem, root = locate(folder)
+    selector = pafs.FileSelector(f"{root}/units", allow_not_found=True)
+    paths = [
+        info.path for info in filesystem.get_file_info(selector) if info.path.endswith(".json")
+    ]
+
+    def read(path: str) -> Record | None:
+        try:
+            record = json.loads(read_bytes(filesystem, path))
+        except ValueError:
+            return None
+        return record if isinstance(record, dict) and "key" in record else None
+
+    with ThreadPoolExecutor(16) as pool:
+        return {record["key"]: record for record in pool.map(read, paths) if record}
+
+
+def kept_records(folder: str, keys: set[str], finished: dict[str, Record]) -> dict[str, Record]:
+    """Those of the finished records that are wanted and whose shards are there, whole."""
+    wanted = {key: record for key, record in finished.items() if key in keys}
+    shards = {key: [*record_shards(record, "train"), *record_shards(record, "validation")]
+              for key, record in wanted.items()}  # fmt: skip
+    damaged = damaged_shards(folder, [shard for group in shards.values() for shard in group])
+    return {
+        key: record
+        for key, record in wanted.items()
+        if not any(shard.file in damaged for shard in shards[key])
+    }
+
+
+def record_shards(record: Record, split: str) -> tuple[Shard, ...]:
+    return tuple(Shard(**shard) for shard in record[split])
+
+
+def number_units(units: dict[str, Unit], finished: dict[str, Record]) -> list[NumberedUnit]:
+    """Give each unit its old number, or else the first ones that no finished unit ever had.
+
+    So an interrupted preparation, gone on with, names its shards as an undisturbed one does.
+    """
+    taken = {record["number"] for record in finished.values()}
+    free = (number for number in itertools.count() if number not in taken)
+    return [
+        NumberedUnit(unit, key, finished[key]["number"] if key in finished else next(free))
+        for key, unit in units.items()
+    ]

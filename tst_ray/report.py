@@ -1,0 +1,242 @@
+"""What people read about a run: its plan before, its status during, its summary after.
+
+Each comes as plain facts (for --json) and as text made from those facts alone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tst_ray.config import Config
+from tst_ray.coordinator import Outcome, build_order, newest_step
+from tst_ray.display import describe_phase, duration, short_number
+from tst_ray.errors import RunError
+from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
+from tst_ray.plan import ModelShape, Phase, Plan, batch_split, build_plan, flops_per_step
+from tst_ray.plan import memory_per_worker as memory_per_worker_of
+from tst_ray.storage import Storage
+
+_MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
+
+
+def plan_facts(config: Config) -> dict[str, Any]:
+    """The whole plan of a config as plain values; needs neither Ray nor weights.
+
+    Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
+    """
+    from tst_ray.coordinator import find_prepared
+    from tst_ray.model import check_supported, describe, hf_config
+
+    plan = build_plan(config)
+    manifest = find_prepared(config)
+    model_config = hf_config(
+        config.model,
+        vocab_size=manifest.vocab_size if manifest else _vocabulary(config),
+        eot_token=manifest.eot_token if manifest else None,
+    )
+    check_supported(model_config, max(phase.latent_length for phase in plan.phases))
+    shape = describe(model_config)
+    phases = [_phase_facts(config, plan, shape, phase) for phase in plan.phases]
+    facts: dict[str, Any] = {
+        "parameters": shape.parameters,
+        "active_parameters": shape.active_parameters,
+        "vocab_size": shape.vocab_size,
+        "total_steps": plan.total_steps,
+        "total_data_tokens": plan.total_data_tokens,
+        "total_latent_tokens": plan.total_latent_tokens,
+        "total_flops": sum(phase["flops_per_step"] * phase["steps"] for phase in phases),
+        "warmup_steps": plan.warmup_steps,
+        "decay_steps": plan.decay_steps,
+        "phases": phases,
+    }
+    if manifest:
+        order = build_order(config, plan, manifest)
+        names = [source.name for source in manifest.sources]
+        facts["corpus"] = {
+            "folder": manifest.folder,
+            "train_tokens": {source.name: source.train.tokens for source in manifest.sources},
+            "validation_tokens": {
+                source.name: source.validation.tokens for source in manifest.sources
+            },
+        }
+        for phase in plan.phases:
+            epochs, tails = order.epochs_after(phase.index), order.tail_tokens(phase.index)
+            phases[phase.index]["epochs_after"] = dict(zip(names, epochs, strict=True))
+            phases[phase.index]["tail_tokens"] = dict(zip(names, tails, strict=True))
+    return facts
+
+
+def _vocabulary(config: Config) -> int | None:
+    """The vocabulary where no shards tell: of a tokenizer to train, else the model's own."""
+    return config.data.vocab_size if config.data.tokenizer == "train" else None
+
+
+def _phase_facts(config: Config, plan: Plan, shape: ModelShape, phase: Phase) -> dict[str, Any]:
+    sizes = list(range(phase.min_workers, phase.max_workers + 1))
+    if len(sizes) > _MAX_SPLITS:
+        sizes = sizes[: _MAX_SPLITS // 2] + sizes[-_MAX_SPLITS // 2 :]
+    return {
+        "index": phase.index,
+        "bag_size": phase.bag_size,
+        "steps": phase.steps,
+        "data_tokens": phase.data_tokens,
+        "latent_tokens": phase.latent_tokens,
+        "flops_per_step": flops_per_step(shape, phase),
+        "sequences_per_step": phase.num_sequences,
+        "sequence_data_tokens": phase.data_length,
+        "workers": [phase.min_workers, phase.max_workers],
+        "batch_split": {str(size): _split_words(phase.num_sequences, size) for size in sizes},
+        "memory_per_worker": {
+            str(size): memory_per_worker_of(shape, plan, phase, size, config.train)
+            for size in {sizes[0], sizes[-1]}
+        },
+    }
+
+
+def _split_words(num_sequences: int, world_size: int) -> str:
+    """16 over 3 workers: "1 x 6 + 2 x 5"."""
+    split = batch_split(num_sequences, world_size)
+    counts = {size: split.count(size) for size in sorted(set(split), reverse=True)}
+    return " + ".join(f"{count} x {size}" for size, count in counts.items())
+
+
+def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
+    """The plan as text."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    say = console.print
+    active = facts["active_parameters"]
+    extra = f", {active:,} active" if active != facts["parameters"] else ""
+    say(f"model      {facts['parameters']:,} parameters{extra}, vocabulary {facts['vocab_size']:,}")
+    say(
+        f"run        {facts['total_steps']:,} steps, "
+        f"{short_number(facts['total_data_tokens'])} data tokens "
+        f"({facts['total_data_tokens']:,}), {short_number(facts['total_flops'])}FLOP"
+    )
+    say(
+        f"schedule   {facts['warmup_steps']:,} steps of warm-up, "
+        f"{facts['decay_steps']:,} of decay at the end"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("phase", "bag", "steps", "sequences", "x tokens", "data tokens",
+                   "latent tokens", "FLOPs/step", "workers"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for phase in facts["phases"]:
+        low, high = phase["workers"]
+        table.add_row(
+            str(phase["index"] + 1),
+            str(phase["bag_size"]),
+            f"{phase['steps']:,}",
+            f"{phase['sequences_per_step']:,}",
+            f"{phase['sequence_data_tokens']:,}",
+            f"{short_number(phase['data_tokens'])}",
+            f"{short_number(phase['latent_tokens'])}",
+            f"{phase['flops_per_step']:.3g}",
+            str(low) if low == high else f"{low}–{high}",
+        )
+    say()
+    say(table)
+    for phase in facts["phases"]:
+        say()
+        say(f"phase {phase['index'] + 1}")
+        for size, split in phase["batch_split"].items():
+            say(f"  {size:>4} workers: {split} sequences")
+        for size, memory in phase["memory_per_worker"].items():
+            parts = ", ".join(
+                f"{name.replace('_', ' ')} {_bytes(value)}"
+                for name, value in memory.items()
+                if name != "total"
+            )
+            say(f"  memory a worker of {size}: about {_bytes(memory['total'])} ({parts})")
+        for name, epochs in phase.get("epochs_after", {}).items():
+            tail = phase["tail_tokens"][name]
+            say(
+                f"  {name}: {epochs:.3f} epochs when it ends; {tail:,} tokens an epoch fill no sequence"
+            )
+    if "corpus" not in facts:
+        say()
+        say("corpus     not prepared yet: epochs and tails are told after `tst-ray prepare`")
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def status_facts(run: Storage) -> dict[str, Any]:
+    """Where a run stands, from its directory alone.
+
+    Raises:
+        RunError: it is not a run directory.
+    """
+    state = run.read_json("run.json")
+    if state is None:
+        raise RunError(f"{run.url}: not a run directory, or one that has not started (no run.json)")
+    records = run.tail_records(METRICS, 1 << 16)
+    step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
+    left = state["total_steps"] - state["step"] if "total_steps" in state else None
+    running = state["status"] == "running"
+    return {
+        "run": run.url,
+        **state,
+        "last_update_s_ago": round(time.time() - state["updated"], 1),
+        "eta_s": round(left * step_time_s, 1) if running and left and step_time_s else None,
+        "newest_checkpoint": newest_step(run) or None,
+        "last_record": records[-1] if records else None,
+        "last_events": run.read_lines(EVENTS)[-5:],
+    }
+
+
+def print_status(facts: dict[str, Any]) -> None:
+    """The status as text."""
+    console = Console(highlight=False, soft_wrap=True)
+    say = console.print
+    say(f"{facts['run']}: {facts['status']}")
+    if "step" in facts:
+        say(
+            f"phase {facts['phase'] + 1}, step {facts['step']:,} of {facts['total_steps']:,}, "
+            f"{facts['world_size']} worker(s), attempt {facts['attempt']}"
+        )
+    if facts["eta_s"] is not None:
+        say(f"about {duration(facts['eta_s'])} left")
+    if facts["newest_checkpoint"]:
+        say(f"newest checkpoint: step {facts['newest_checkpoint']:,}")
+    for event in facts["last_events"]:
+        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event"))
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        say(f"  {when}  {event['event']}  {details}")
+
+
+def print_summary(outcome: Outcome, console: Console) -> None:
+    """What a finished run did, and where everything is."""
+    say = console.print
+    say()
+    before = 0
+    for phase, record in zip(outcome.plan.phases, outcome.records, strict=True):
+        data_tokens = record["data_tokens"] - before
+        before = record["data_tokens"]
+        size = record["world_size"]
+        say(
+            f"{describe_phase(phase, len(outcome.plan.phases))}: {phase.steps:,} steps, "
+            f"{data_tokens:,} data tokens, {size} worker{'s' if size != 1 else ''}, "
+            f"loss {record['loss']:.3f}"
+        )
+    if outcome.val_loss is not None:
+        say(f"final validation loss: {outcome.val_loss:.4f} nats a token")
+    if outcome.samples:
+        say("the model writes:")
+        for sample in outcome.samples:
+            for line in [line for line in sample.splitlines() if line.strip()][:2]:
+                say(f"    {line}", markup=False)
+    run = outcome.run
+    say(f"run directory:  {run.url}")
+    say(f"curves:         tensorboard --logdir {run.url}/{TENSORBOARD}")
+    say(f"model folder:   {outcome.model_folder}")
+    if run.exists("ray.log"):
+        say(f"Ray's own logs: {run.url}/ray.log")

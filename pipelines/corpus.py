@@ -119,7 +119,10 @@ def named_sources(specs: Sequence[SourceSpec]) -> tuple[SourceSpec, ...]:
 
 
 def _name_from(path: str) -> str:
-    base = _split_glob(path)[0].rstrip("/")
+    base = _split_glob(path)[0]
+    if "://" in base:
+        base = base.partition("?")[0]
+    base = base.rstrip("/")
     last = re.split(r"[/:]", base)[-1] or "source"
     stem = last.split(".")[0] or last
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "source"

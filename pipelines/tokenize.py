@@ -29,8 +29,8 @@ from pipelines.corpus import (
     source_root,
 )
 from pipelines.errors import DataError
-from pipelines.shard_writer import MAX_SHARD_TOKENS
-from pipelines.shards import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
+from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
+from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, one_line, read_bytes, write_atomically
 from pipelines.texts import sample_texts
 from pipelines.tokenizer import (

@@ -20,7 +20,7 @@ from pipelines.errors import DataError
 from pipelines.storage import locate, one_line, read_bytes, write_atomically
 
 if TYPE_CHECKING:
-    from pipelines.shards import Manifest
+    from pipelines.manifest import Manifest
 
 TRAIN = "train"
 END_OF_TEXT = "<|endoftext|>"

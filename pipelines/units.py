@@ -24,15 +24,15 @@ import pyarrow.fs as pafs
 
 from pipelines.corpus import Unit, is_held_out
 from pipelines.errors import DataError
-from pipelines.shard_writer import ShardWriter
-from pipelines.shards import SPLITS, Shard, damaged_shards
+from pipelines.manifest import SPLITS, Shard, damaged_shards
+from pipelines.shards import ShardWriter
 from pipelines.storage import locate, read_bytes, write_atomically
 from pipelines.texts import Text, Unreadable, read_unit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**21
 MAX_NAMED_SKIPS = 100
 Record = dict[str, Any]
 

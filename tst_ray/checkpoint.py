@@ -6,7 +6,7 @@
         COMMITTED                    the SHA-256 of meta.json; written last, by rank 0
 
 A checkpoint without COMMITTED does not exist. One whose files do not match meta.json is damaged:
-`restore` says so and takes the one before. DCP stores whole tensors by name and piece, so a
+`find_good` says so and takes the one before. DCP stores whole tensors by name and piece, so a
 checkpoint of any world size loads at any other.
 
 Saving: `save` stages the state to host memory and returns; a thread then writes, hashes and
@@ -165,25 +165,25 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self.failed_saves = 0  # in a row
 
-    def restore(self, state: dict[str, Any]) -> int:
-        """Load the newest good checkpoint into `state` (tensors in place).
+    def newest_good(self) -> CheckpointInfo | None:
+        """The newest checkpoint whose files all verify; None where none was ever committed.
 
-        Returns:
-            the step it was taken at; 0 where no checkpoint exists.
+        Raises:
+            RunError: there are committed checkpoints, and all are damaged.
         """
-        import torch.distributed.checkpoint as dcp
-
-        info = find_good(
+        return find_good(
             self.root,
             self._on_event,
-            agree=lambda problem: self._first(problem),
+            agree=self._first,
             rank=self.rank,
             world_size=self.world_size,
         )
-        if info is None:
-            return 0
+
+    def load(self, info: CheckpointInfo, state: dict[str, Any]) -> None:
+        """Load a checkpoint into `state`: tensors in place, resharded to how they are here."""
+        import torch.distributed.checkpoint as dcp
+
         dcp.load(state, storage_reader=_reader(info.folder), process_group=self._group)
-        return info.step
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Start saving the state after `step` steps; a save still under way is waited for.

@@ -1,14 +1,11 @@
-"""The run's configuration: what people may set, what is refused, and how it is written down.
+"""From a file and overrides to a checked `Config`, or to every reason why not.
 
     YAML file (or the name of a shipped one) + `--section.field=value` overrides
-      → one mapping → shorthands spelled out → typed sections → checks across fields → `Config`
+      → one mapping → typed sections (settings.py) → checks across them (checks.py) → `Config`
 
-`Config` is what the run directory keeps as config.yaml: resolved, so that reading it back gives the
-same `Config` whatever later versions ship. The defaults are the demo. Text below a field says what
-it is; error messages quote it.
-
-Everything wrong is reported at once, in one `ConfigError`, a line each:
-`path = value: what is wrong; remedy`.
+A `Config` is resolved: what the run directory keeps as config.yaml reads back as the same `Config`
+whatever later versions ship. Everything wrong is reported at once, in one `ConfigError`, a line
+each: `path = value: what is wrong; remedy`.
 """
 
 from __future__ import annotations
@@ -19,24 +16,50 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tst_ray.checks import Problem, SettingPath, dotted, problems
+from tst_ray.errors import ConfigError
+from tst_ray.settings import (
+    SHIPPED,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    FaultConfig,
+    MetricsConfig,
+    ModelConfig,
+    PhaseConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    TstConfig,
+    spell_out_model,
 )
 
-from tst_ray.errors import ConfigError
-
-SHIPPED = Path(__file__).parent / "configs"
-DEMO_MODEL = "demo-0.4m"
+__all__ = [
+    "MAY_CHANGE",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "FaultConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "PhaseConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "TstConfig",
+    "diff",
+    "load_config",
+    "parse_config",
+    "shipped_configs",
+]
 
 MAY_CHANGE = (
     "run.storage",  # the run directory may have been moved
@@ -54,350 +77,303 @@ MAY_CHANGE = (
 )
 """What may differ between a run and the command that resumes it; patterns of dotted paths."""
 
-
-# ---- kinds of values ---------------------------------------------------------------------------
-
-
-def _as_range(value: Any) -> Any:
-    """Both spellings of a worker count, N and [min, max], as (min, max)."""
-    pair = [value, value] if isinstance(value, int) else value
-    whole = isinstance(pair, list | tuple) and all(type(n) is int for n in pair)
-    if not whole or len(pair) != 2:
-        raise ValueError("must be a number of workers or [min, max]")
-    if pair[0] < 1:
-        raise ValueError("must be at least 1 worker")
-    if pair[0] > pair[1]:
-        raise ValueError(f"min is more than max; swap them: [{pair[1]}, {pair[0]}]")
-    return tuple(pair)
+_REPLACES = {
+    ("phases",): ("tst",),
+    ("data", "prepared"): ("data", "sources"),
+    ("data", "sources"): ("data", "prepared"),
+}
+"""Two spellings of one thing: an override of the first drops what the file says by the second."""
 
 
-def _as_part(value: Any) -> Any:
-    """A part of the run: a share below 1, or a whole number of steps."""
-    if type(value) not in (int, float) or value < 0 or (type(value) is float and not value < 1):
-        raise ValueError("must be a share of the steps in [0, 1), or a whole number of steps")
-    return value
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
 
+    Args:
+        path: a YAML file or the name of a shipped one ("paper-270m"); None is the demo.
+        overrides: `--section.field=value`, the value in YAML; the last one wins.
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Mapping) else value
-
-
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-StepPart = Annotated[int | float, PlainValidator(_as_part)]
-Workers = Annotated[
-    tuple[int, int],
-    PlainValidator(_as_range),
-    PlainSerializer(lambda pair: pair[0] if pair[0] == pair[1] else list(pair)),
-]
-Weighting = Literal["uniform", "power_law", "exponential", "first_token", "mutual_information"]
-Loss = Literal["mce", "mce_alt"]
-Mode = Literal["full", "input_only", "output_only"]
-Fold = Literal["sequence", "batch", "none"]
-
-
-# ---- sections ----------------------------------------------------------------------------------
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class RunConfig(_Section):
-    """What the run is called and where it lives: `<storage>/<name>/`."""
-
-    name: Name = "demo"
-    """the name of the run's directory: letters, digits, '.', '_' and '-'"""
-    storage: str = Field("runs", min_length=1)
-    """the folder or URL that holds run directories"""
-    seed: int = Field(0, ge=0)
-    """the seed of the weights and of the data's order"""
-
-
-class ModelConfig(_Section):
-    """A causal language model, by name or by its Hugging Face configuration.
-
-    Text alone is `source`; a mapping with `model_type` is `config`. The name of a shipped model
-    (tst_ray/configs/models/) is replaced by its configuration.
+    Raises:
+        ConfigError: with everything that is wrong, a line each.
     """
-
-    source: str | None = None
-    """a shipped model's name, a Hugging Face folder or a Hugging Face id"""
-    config: dict[str, Any] = {}
-    """a whole Hugging Face configuration (with model_type), or changes to that of the source"""
-    pretrained: bool = False
-    """whether to start from the source's weights (continued pre-training)"""
-    attention: str = "sdpa"
-    """the attention implementation of transformers: sdpa, eager, flash_attention_2, …"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out(cls, value: Any) -> Any:
-        value = spell_out_model(value)
-        if not isinstance(value, dict) or not isinstance(value.get("config", {}), Mapping):
-            return value
-        config = dict(value.get("config", {}))
-        source = value.get("source")
-        if "model_type" not in config:
-            source = source or DEMO_MODEL
-            if isinstance(source, str) and source in shipped_models() and not _is_pretrained(value):
-                config, source = read_shipped_model(source) | config, None
-        return value | {"source": source, "config": config}
+    raw = _read_file(path) if path is not None else {}
+    failures = [line for line in (_override(raw, text) for text in overrides) if line]
+    return parse_config(raw, failures)
 
 
-class SourceConfig(_Section):
-    """One source of text."""
+def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config:
+    """Check a mapping, such as `Config.dump()` made.
 
-    path: str = Field(min_length=1)
-    """a folder, file, glob or URL of text, .jsonl or Parquet; or python-stdlib"""
-    name: Name | None = None
-    """a name for it; taken from the path unless given"""
-    weight: Amount | None = None
-    """its share of the sequences, relative to the other sources' weights"""
-    text_field: str = "text"
-    """the field or column that holds the text of .jsonl and Parquet"""
+    Args:
+        raw: sections and their fields.
+        failures: what is already known to be wrong, to be reported with the rest.
 
-
-class DataConfig(_Section):
-    """The text: sources to tokenize, or a folder of shards that `tst-ray prepare` made."""
-
-    sources: Annotated[
-        tuple[Annotated[SourceConfig, BeforeValidator(_as_source)], ...],
-        Field(strict=False),
-        BeforeValidator(_as_list),
-    ] = ()
-    """what to train on: a list of paths, or of mappings with path, name, weight, text_field"""
-    prepared: str | None = None
-    """a folder of prepared shards, instead of sources"""
-    tokenizer: str = "train"
-    """train (on the text itself), or a tokenizer's Hugging Face id or folder"""
-    vocab_size: int = Field(1024, ge=1)
-    """the vocabulary of a tokenizer that is trained"""
-    validation_share: float = Field(0.02, ge=0, lt=1)
-    """the share of the documents held out for validation"""
-    row_tokens: Count = 65536
-    """tokens in one row of a shard"""
-    shuffle_tokens: Count = 4_194_304
-    """the window in which neighbouring sequences are shuffled, in tokens"""
-    undecodable: Literal["skip", "refuse"] = "skip"
-    """what to do with text that doesn't decode"""
-    cache: str | None = None
-    """the folder that keeps shards; <run.storage>/shards unless given"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_source(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and not value.get("prepared") and "sources" not in value:
-            return {**value, "sources": [{"path": "python-stdlib"}]}
-        return value
-
-    @model_validator(mode="after")
-    def _name_sources(self) -> DataConfig:
-        named = tuple(_named(self.sources))
-        return self if named == self.sources else self.model_copy(update={"sources": named})
+    Raises:
+        ConfigError: with everything that is wrong, a line each.
+    """
+    lines = list(failures)
+    try:
+        config = Config.model_validate(raw)
+        lines += [_line(problem, config.dump()) for problem in problems(config)]
+    except ValidationError as error:
+        details = error.errors()
+        bad = [detail["loc"] for detail in details]
+        # A list with a bad item is called too short as well.
+        lines += [_explain(d) for d in details if not any(_inside(d["loc"], path) for path in bad)]
+        lines += _problems_elsewhere(raw, bad)
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return config
 
 
-class _Superposition(_Section):
-    bag_size: Count = 4
-    """tokens in a bag (s); 1 is ordinary training"""
-    weighting: Weighting = "uniform"
-    """how the places of the target bag count"""
-    loss: Loss = "mce"
-    """the multi-hot cross-entropy, or its alternative"""
-    mode: Mode = "full"
-    """whether inputs and targets are bags, or only one of them"""
-    fold: Fold = "sequence"
-    """where a bag's tokens come from: s times the sequence length, s times the sequences, or none"""
-    workers: Workers | None = None
-    """workers of the phase, N or [min, max]; cluster.workers unless given"""
+def diff(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's configuration and this one, apart from `MAY_CHANGE`.
+
+    Args:
+        run, now: what `Config.dump()` made.
+
+    Returns:
+        Lines such as "train.batch_size: run has 16, now 32"; none if one may resume the other.
+    """
+    before, after = dict(_leaves(run)), dict(_leaves(now))
+    lines = []
+    for path in dict.fromkeys([*before, *after]):
+        plain = ".".join(map(str, path))
+        if any(fnmatch.fnmatchcase(plain, pattern) for pattern in MAY_CHANGE):
+            continue
+        if before.get(path) != after.get(path):
+            was, is_ = (_show(leaves.get(path)) for leaves in (before, after))
+            lines.append(f"{dotted(path)}: run has {was}, now {is_}")
+    return lines
 
 
-class TstConfig(_Superposition):
-    """Token Superposition Training: bags first, for a share of the steps, then plain tokens."""
-
-    ratio: float = Field(0.3, ge=0, lt=1)
-    """the share of the steps trained on bags (r)"""
+def shipped_configs() -> tuple[str, ...]:
+    """The names of the shipped configurations."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
-class PhaseConfig(_Superposition):
-    """One phase, where `phases` spells out what `tst` is shorthand for."""
-
-    name: Name | None = None
-    """a name for the phase"""
-    bag_size: Count
-    """tokens in a bag (s); 1 is ordinary training"""
-    steps: Count
-    """optimizer steps of the phase"""
-
-    def folded(self, batch_size: int, sequence_length: int) -> tuple[int, int]:
-        """(sequences a step, latent positions of each) of the phase."""
-        if self.mode == "output_only" or self.fold == "sequence":
-            return batch_size, sequence_length
-        times = self.bag_size if self.fold == "batch" else 1
-        return batch_size * times, sequence_length // self.bag_size
+# ---- reading -----------------------------------------------------------------------------------
 
 
-class TrainConfig(_Section):
-    """The optimization. A step's global batch is `batch_size` sequences at any world size."""
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 2e-3 is a number, a date is text, a key said twice is an error."""
 
-    steps: Count = 4500
-    """optimizer steps of the whole run"""
-    sequence_length: Count = 64
-    """latent positions of a sequence (L): what the model sees"""
-    batch_size: Count = 16
-    """sequences of a step over all workers (B)"""
-    micro_batch_size: Count | None = None
-    """sequences a worker holds at once; its whole share of the batch unless given"""
-    learning_rate: float = Field(2e-3, gt=0)
-    """the peak learning rate"""
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        Field(strict=False),
-    ] = (0.9, 0.95)
-    """AdamW's two decay rates, such as [0.9, 0.95]"""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon"""
-    weight_decay: Amount = 0.1
-    """AdamW's decoupled weight decay"""
-    clip_norm: float = Field(1.0, gt=0)
-    """the gradient norm above which gradients are scaled down"""
-    warmup: StepPart = 0.05
-    """the linear rise of the learning rate: a share of the steps below 1, or a number of steps"""
-    decay: StepPart = 0.1
-    """its linear fall at the end: a share of the steps below 1, or a number of steps"""
-    final_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """the learning rate at the very end, relative to the peak"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """the arithmetic of forward and backward; weights and optimizer are float32 in both"""
-    compile: bool = False
-    """whether to torch.compile each block"""
-    activation_checkpointing: bool = False
-    """whether to recompute each block's activations instead of keeping them"""
-    threads: Count | None = None
-    """torch's CPU threads per worker; torch's own choice unless given"""
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, match) for tag, match in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", mark)
+        return super().construct_mapping(node, deep)
 
 
-class ClusterConfig(_Section):
-    """Who computes. The model and the data's order do not depend on any of it."""
-
-    backend: Literal["ray", "inline"] = "ray"
-    """ray, or inline: this process is the only worker and Ray is not used"""
-    workers: Workers = (1, 1)
-    """workers, N or [min, max]"""
-    cpus_per_worker: float = Field(1.0, gt=0)
-    """CPUs that Ray sets aside for a worker"""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs of a worker: 0 or 1"""
-    resources_per_worker: dict[str, float] = {}
-    """custom Ray resources of a worker"""
-    data_cpus: Count = 1
-    """CPUs kept free of workers, for reading data"""
-    wait_s: Amount = 0.0
-    """seconds to wait for an autoscaling cluster to reach the smallest allowed size"""
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
 
 
-class CheckpointConfig(_Section):
-    """Checkpoints: how often, how many."""
-
-    every: Count = 500
-    """steps between checkpoints"""
-    keep: Count = 3
-    """the newest checkpoints kept"""
-    async_: bool = Field(True, alias="async")
-    """whether training goes on while a checkpoint is written"""
-
-
-class MetricsConfig(_Section):
-    """What is measured and how often."""
-
-    val_every: Count = 250
-    """steps between evaluations"""
-    val_sequences: Count = 64
-    """held-out sequences of an evaluation"""
-    tensorboard_every: Count = 10
-    """steps between points of the curves"""
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-class FaultConfig(_Section):
-    """What happens after a failure."""
+def _read_file(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        file = SHIPPED / f"{path}.yaml"
+    if not file.is_file():
+        names = shipped_configs()
+        raise ConfigError(
+            f"--config = {_show(path)}: no such file, nor a shipped configuration of that name"
+            f"{_nearest(path, names)}; shipped are {', '.join(names)}"
+        )
+    try:
+        raw = _read_yaml(file.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config = {_show(path)}: cannot be read: {error}") from None
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"--config = {_show(path)}: must hold sections such as `train:`")
+    return raw or {}
 
-    max_failures: int = Field(3, ge=0)
-    """worker failures after which the run gives up"""
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Set one field in `raw`; says what is wrong with the override, if anything."""
+    name, equals, value_text = text.removeprefix("--").partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        return f"{text}: not an override; write --section.field=value"
+    try:
+        value = _read_yaml(value_text, f"--{name}")
+    except ConfigError as error:
+        return str(error)
+    if "model" in raw:
+        raw["model"] = spell_out_model(raw["model"])
+    node = raw
+    for depth, key in enumerate(keys[:-1]):
+        below = node.get(key)
+        if below is not None and not isinstance(below, dict):
+            return f"{text}: {'.'.join(keys[: depth + 1])} has no fields; give it whole"
+        node[key] = node = dict(below or {})
+    node[keys[-1]] = value
+    if value is not None and (other := _REPLACES.get(tuple(keys))):
+        parent = raw if len(other) == 1 else raw[other[0]]
+        parent.pop(other[-1], None)
+    return None
 
 
-class Config(_Section):
-    """A whole run. Built by `load_config` or `parse_config`, which also check across fields."""
+# ---- reporting -----------------------------------------------------------------------------------
 
-    run: RunConfig = RunConfig()
-    """name, storage, seed"""
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    """the model: a name, or a mapping"""
-    data: DataConfig = Field(default_factory=DataConfig)
-    """the text"""
-    tst: TstConfig = TstConfig()
-    """Token Superposition, in two phases"""
-    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False, min_length=1)] | None = None
-    """the phases in full, instead of tst: a list of mappings with bag_size, steps, …"""
-    train: TrainConfig = TrainConfig()
-    """the optimization"""
-    cluster: ClusterConfig = ClusterConfig()
-    """who computes"""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """checkpoints"""
-    metrics: MetricsConfig = MetricsConfig()
-    """measurements"""
-    fault: FaultConfig = FaultConfig()
-    """failures"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, value: Any) -> Any:
-        """Defaults of one section that depend on what another one says."""
-        if not isinstance(value, Mapping):
-            return value
-        raw = {name: {} if part is None else part for name, part in value.items()}
-        raw["phases"] = phases = value.get("phases")
-        cluster, tst, train = (raw.setdefault(name, {}) for name in ("cluster", "tst", "train"))
-        if isinstance(cluster, Mapping) and isinstance(tst, Mapping):
-            if "workers" not in cluster and cluster.get("backend") != "inline":
-                # The demo: phase one on one worker, phase two on two.
-                raw["cluster"] = {**cluster, "workers": 2}
-                if phases is None:
-                    raw["tst"] = {"workers": 1, **tst}
-        if isinstance(train, Mapping) and "steps" not in train and isinstance(phases, list):
-            steps = [phase.get("steps") for phase in phases if isinstance(phase, Mapping)]
-            if steps and all(type(number) is int for number in steps):
-                raw["train"] = {**train, "steps": sum(steps)}
+def _problems_elsewhere(raw: Mapping[str, Any], bad: Sequence[SettingPath]) -> Iterator[str]:
+    """Checks across the fields that are well-formed, where others are not."""
+    try:
+        config = Config.model_validate(_without(raw, bad))
+    except ValidationError:
+        return  # a required field is among them
+    for problem in problems(config):
+        involved = (problem.path, *problem.about)
+        if not any(_overlap(path, fault) for path in involved for fault in bad):
+            yield _line(problem, config.dump())
+
+
+def _inside(outer: SettingPath, path: SettingPath) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
+
+
+def _overlap(one: SettingPath, other: SettingPath) -> bool:
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
+
+
+def _without(raw: Any, paths: Sequence[SettingPath]) -> Any:
+    """`raw` less the settings at `paths`; a list that holds one goes as a whole."""
+    here = {path[0] for path in paths if len(path) == 1}
+    if not isinstance(raw, Mapping):
         return raw
+    kept = {}
+    for key, value in raw.items():
+        below = [path[1:] for path in paths if len(path) > 1 and path[0] == key]
+        if key in here or (below and not isinstance(value, Mapping)):
+            continue
+        kept[key] = _without(value, below)
+    return kept
 
-    def phase_settings(self) -> tuple[PhaseConfig, ...]:
-        """The phases, as given or as `tst` stands for them."""
-        if self.phases is not None:
-            return self.phases
-        settings = {name: getattr(self.tst, name) for name in _Superposition.model_fields}
-        steps = round(self.tst.ratio * self.train.steps)
-        plain = PhaseConfig(bag_size=1, steps=self.train.steps - steps)
-        return (PhaseConfig(**settings, steps=steps), plain) if steps else (plain,)
 
-    def workers_of(self, phase: PhaseConfig) -> tuple[int, int]:
-        """(min, max) workers of a phase."""
-        return phase.workers or self.cluster.workers
+# ---- wording -----------------------------------------------------------------------------------
 
-    def dump(self) -> dict[str, Any]:
-        """The resolved configuration as plain values; `parse_config` reads it back."""
-        return self.model_dump(mode="json", by_alias=True)
+_WRONG = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text, in quotes if it looks like a number",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of fields",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be finite",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+    "value_error": "{error}",
+    "missing": "is not given",
+}
+"""pydantic's kinds of errors, in our words."""
 
-    def to_yaml(self) -> str:
-        """The resolved configuration as YAML."""
-        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+def _explain(detail: ErrorDetails) -> str:
+    """One of pydantic's errors as a line."""
+    path, kind, value = detail["loc"], detail["type"], detail["input"]
+    section, field = _field_at(path)
+    given = dotted(path) if kind == "missing" else f"{dotted(path)} = {_show(value)}"
+    if kind == "extra_forbidden":
+        return f"{given}: no such field{_suggest(path, section)}"
+    if kind == "literal_error":
+        expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{given}: must be one of {expected}{_nearest(str(value), expected.split(', '))}"
+    wrong = _WRONG.get(kind, detail["msg"]).format(**detail.get("ctx", {}))
+    means = "" if field is None or kind == "value_error" else f"; it is {field}"
+    return f"{given}: {wrong}{means}"
+
+
+def _field_at(path: SettingPath) -> tuple[type[BaseModel], str | None]:
+    """The section that holds the field at `path`, and what the field is."""
+    section: type[BaseModel] = Config
+    for key in path[:-1]:
+        section = _SECTIONS.get(key, section) if isinstance(key, str) else section
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    field = fields.get(str(path[-1])) if path else None
+    return section, field.description if field else None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "sources": SourceConfig,
+    "tst": TstConfig,
+    "phases": PhaseConfig,
+    "train": TrainConfig,
+    "cluster": ClusterConfig,
+    "checkpoint": CheckpointConfig,
+    "metrics": MetricsConfig,
+    "fault": FaultConfig,
+}
+
+
+def _names(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _suggest(path: SettingPath, section: type[BaseModel]) -> str:
+    """The nearest name in the same section, or the same name in another one."""
+    name = str(path[-1])
+    near = difflib.get_close_matches(name, _names(section), 1)
+    if near:
+        return f"; did you mean {dotted((*path[:-1], near[0]))}?"
+    for other in Config.model_fields:
+        if other in _SECTIONS and other != "phases" and name in _names(_SECTIONS[other]):
+            return f"; did you mean {other}.{name}?"
+    where = dotted(path[:-1]) or "a configuration"
+    return f"; {where} has {', '.join(_names(section))}"
+
+
+def _nearest(value: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _line(problem: Problem, dump: Any) -> str:
+    value = dump
+    for key in problem.path:
+        value = value[key]
+    return f"{dotted(problem.path)} = {_show(value)}: {problem.text}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _leaves(value: Any, path: SettingPath = ()) -> Iterator[tuple[SettingPath, Any]]:
+    """Every single value in a tree of mappings and lists of mappings."""
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            yield from _leaves(below, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    else:
+        yield path, value

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +234,14 @@ class Coordinator:
     def _train_inline(self, run: Storage, job: Any, stage: tuple[Phase, ...]) -> None:
         """Train in this process: one worker, no Ray."""
         from pipelines.ingest import read_inline
-        from tst_ray.worker import Place, default_device, train
+        from tst_ray.worker import Place, train
 
-        train(job, Place(device=default_device()), lambda phase, step: read_inline(
-            job.feeds[phase.index], step))  # fmt: skip
+        device = "cuda" if self.config.cluster.gpus_per_worker else "cpu"
+        train(
+            job,
+            Place(device=device),
+            lambda phase, step: read_inline(job.feeds[phase.index], step),
+        )
 
     def _train_on_ray(self, run: Storage, job: Any, stage: tuple[Phase, ...]) -> None:
         """Train one stage on its worker group; Ray Train restarts the group when a worker dies."""
@@ -264,7 +268,7 @@ class Coordinator:
                 "restore the text, or use another run.name"
             )
         if not before:
-            run.write_json(PLAN, {**self.plan.to_dict(), "corpus": manifest.fingerprint,
+            run.write_json(PLAN, {**asdict(self.plan), "corpus": manifest.fingerprint,
                                   "shards": manifest.folder})  # fmt: skip
 
     def _finish(self, run: Storage, backend: str) -> Outcome:
@@ -348,7 +352,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     job: Job = loop_config["job"]
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    place = Place(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
 
     def open_batches(phase: Phase, step: int) -> Any:
         shard = ray.train.get_dataset_shard(f"phase-{phase.index}")

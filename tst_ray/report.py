@@ -16,8 +16,14 @@ from tst_ray.coordinator import Outcome, build_order, newest_step
 from tst_ray.display import describe_phase, duration, short_number
 from tst_ray.errors import RunError
 from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
-from tst_ray.plan import ModelShape, Phase, Plan, batch_split, build_plan, flops_per_step
-from tst_ray.plan import memory_per_worker as memory_per_worker_of
+from tst_ray.plan import (
+    ModelShape,
+    Phase,
+    batch_split,
+    build_plan,
+    flops_per_step,
+    memory_per_worker,
+)
 from tst_ray.storage import Storage
 
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
@@ -29,7 +35,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
     Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
     """
     from tst_ray.coordinator import find_prepared
-    from tst_ray.model import check_supported, describe, hf_config
+    from tst_ray.architecture import check_supported, describe, hf_config
 
     plan = build_plan(config)
     manifest = find_prepared(config)
@@ -38,9 +44,11 @@ def plan_facts(config: Config) -> dict[str, Any]:
         vocab_size=manifest.vocab_size if manifest else _vocabulary(config),
         eot_token=manifest.eot_token if manifest else None,
     )
-    check_supported(model_config, max(phase.latent_length for phase in plan.phases))
+    check_supported(
+        model_config, latent_length=max(phase.latent_length for phase in plan.phases)
+    )
     shape = describe(model_config)
-    phases = [_phase_facts(config, plan, shape, phase) for phase in plan.phases]
+    phases = [_phase_facts(config, shape, phase) for phase in plan.phases]
     facts: dict[str, Any] = {
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
@@ -75,7 +83,7 @@ def _vocabulary(config: Config) -> int | None:
     return config.data.vocab_size if config.data.tokenizer == "train" else None
 
 
-def _phase_facts(config: Config, plan: Plan, shape: ModelShape, phase: Phase) -> dict[str, Any]:
+def _phase_facts(config: Config, shape: ModelShape, phase: Phase) -> dict[str, Any]:
     sizes = list(range(phase.min_workers, phase.max_workers + 1))
     if len(sizes) > _MAX_SPLITS:
         sizes = sizes[: _MAX_SPLITS // 2] + sizes[-_MAX_SPLITS // 2 :]
@@ -91,7 +99,7 @@ def _phase_facts(config: Config, plan: Plan, shape: ModelShape, phase: Phase) ->
         "workers": [phase.min_workers, phase.max_workers],
         "batch_split": {str(size): _split_words(phase.num_sequences, size) for size in sizes},
         "memory_per_worker": {
-            str(size): memory_per_worker_of(shape, plan, phase, size, config.train)
+            str(size): memory_per_worker(shape, phase, size, config.train)
             for size in {sizes[0], sizes[-1]}
         },
     }

@@ -7,12 +7,13 @@ and overrides become a `Config`, and what is refused, is in config.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,6 +26,7 @@ from pydantic import (
 SHIPPED = Path(__file__).parent / "configs"
 DEMO_MODEL = "demo-0.4m"
 STDLIB = "python-stdlib"
+RESERVED_NAMES = frozenset({"tokenizer", "units"})  # folders beside the sources' among shards
 
 # ---- kinds of values ---------------------------------------------------------------------------
 
@@ -95,9 +97,10 @@ def spell_out_model(value: Any) -> Any:
     return value
 
 
-def _named(sources: tuple[SourceConfig, ...]) -> Iterator[SourceConfig]:
+def _named(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
     """The sources, each with a name of its own: its folder's or file's where none is given."""
-    taken = {source.name for source in sources} | _RESERVED_NAMES
+    taken = {source.name for source in sources} | RESERVED_NAMES
+    named = []
     for source in sources:
         name = source.name
         if name is None:
@@ -108,7 +111,8 @@ def _named(sources: tuple[SourceConfig, ...]) -> Iterator[SourceConfig]:
             while (name := stem if number == 1 else f"{stem}-{number}") in taken:
                 number += 1
             taken.add(name)
-        yield source.model_copy(update={"name": name})
+        named.append(source.model_copy(update={"name": name}))
+    return tuple(named)
 
 
 # ---- sections ----------------------------------------------------------------------------------
@@ -129,9 +133,9 @@ class RunConfig(_Section):
 
     name: Name = "demo"
     """the name of the run's directory: letters, digits, '.', '_' and '-'"""
-    storage: str = Field("runs", min_length=1)
+    storage: str = Field(default="runs", min_length=1)
     """the folder or URL that holds run directories"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """the seed of the weights and of the data's order"""
 
 
@@ -184,15 +188,16 @@ class DataConfig(_Section):
         tuple[Annotated[SourceConfig, BeforeValidator(_as_source)], ...],
         Field(strict=False),
         BeforeValidator(_as_list),
+        AfterValidator(_named),
     ] = ()
     """what to train on: a list of paths, or of mappings with path, name, weight, text_field"""
     prepared: str | None = None
     """a folder of prepared shards, instead of sources"""
     tokenizer: str = "train"
     """train (on the text itself), or a tokenizer's Hugging Face id or folder"""
-    vocab_size: int = Field(1024, ge=1)
+    vocab_size: int = Field(default=1024, ge=1)
     """the vocabulary of a tokenizer that is trained"""
-    validation_share: float = Field(0.02, ge=0, lt=1)
+    validation_share: float = Field(default=0.02, ge=0, lt=1)
     """the share of the documents held out for validation"""
     row_tokens: Count = 65536
     """tokens in one row of a shard"""
@@ -210,11 +215,6 @@ class DataConfig(_Section):
             return {**value, "sources": [{"path": STDLIB}]}
         return value
 
-    @model_validator(mode="after")
-    def _name_sources(self) -> DataConfig:
-        named = tuple(_named(self.sources))
-        return self if named == self.sources else self.model_copy(update={"sources": named})
-
 
 class _Superposition(_Section):
     bag_size: Count = 4
@@ -226,7 +226,7 @@ class _Superposition(_Section):
     mode: Mode = "full"
     """whether inputs and targets are bags, or only one of them"""
     fold: Fold = "sequence"
-    """where a bag's tokens come from: s times the sequence length, s times the sequences, or none"""
+    """what bags cost: s times longer text sequences, s times as many, or fewer positions"""
     workers: Workers | None = None
     """workers of the phase, N or [min, max]; cluster.workers unless given"""
 
@@ -234,7 +234,7 @@ class _Superposition(_Section):
 class TstConfig(_Superposition):
     """Token Superposition Training: bags first, for a share of the steps, then plain tokens."""
 
-    ratio: float = Field(0.3, ge=0, lt=1)
+    ratio: float = Field(default=0.3, ge=0, lt=1)
     """the share of the steps trained on bags (r)"""
 
 
@@ -267,24 +267,24 @@ class TrainConfig(_Section):
     """sequences of a step over all workers (B)"""
     micro_batch_size: Count | None = None
     """sequences a worker holds at once; its whole share of the batch unless given"""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """the peak learning rate"""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Field(strict=False),
     ] = (0.9, 0.95)
     """AdamW's two decay rates, such as [0.9, 0.95]"""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon"""
     weight_decay: Amount = 0.1
     """AdamW's decoupled weight decay"""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """the gradient norm above which gradients are scaled down"""
     warmup: StepPart = 0.05
     """the linear rise of the learning rate: a share of the steps below 1, or a number of steps"""
     decay: StepPart = 0.1
     """its linear fall at the end: a share of the steps below 1, or a number of steps"""
-    final_lr_ratio: float = Field(0.0, ge=0, le=1)
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """the learning rate at the very end, relative to the peak"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """the arithmetic of forward and backward; weights and optimizer are float32 in both"""
@@ -295,6 +295,10 @@ class TrainConfig(_Section):
     threads: Count | None = None
     """torch's CPU threads per worker; torch's own choice unless given"""
 
+    def steps_of(self, part: float) -> int:
+        """The number of steps that `warmup` or `decay` stands for."""
+        return part if isinstance(part, int) else round(part * self.steps)
+
 
 class ClusterConfig(_Section):
     """Who computes. The model and the data's order do not depend on any of it."""
@@ -303,9 +307,9 @@ class ClusterConfig(_Section):
     """ray, or inline: this process is the only worker and Ray is not used"""
     workers: Workers = (1, 1)
     """workers, N or [min, max]"""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray sets aside for a worker"""
-    gpus_per_worker: float = Field(0.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs of a worker: 0 or 1"""
     resources_per_worker: dict[str, float] = {}
     """custom Ray resources of a worker"""
@@ -322,7 +326,7 @@ class CheckpointConfig(_Section):
     """steps between checkpoints"""
     keep: Count = 3
     """the newest checkpoints kept"""
-    async_: bool = Field(True, alias="async")
+    async_: bool = Field(default=True, alias="async")
     """whether training goes on while a checkpoint is written"""
 
 
@@ -340,7 +344,7 @@ class MetricsConfig(_Section):
 class FaultConfig(_Section):
     """What happens after a failure."""
 
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(default=3, ge=0)
     """worker failures after which the run gives up"""
 
 
@@ -377,12 +381,12 @@ class Config(_Section):
         raw = {name: {} if part is None else part for name, part in value.items()}
         raw["phases"] = phases = value.get("phases")
         cluster, tst, train = (raw.setdefault(name, {}) for name in ("cluster", "tst", "train"))
-        if isinstance(cluster, Mapping) and isinstance(tst, Mapping):
-            if "workers" not in cluster and cluster.get("backend") != "inline":
-                # The demo: phase one on one worker, phase two on two.
-                raw["cluster"] = {**cluster, "workers": 2}
-                if phases is None:
-                    raw["tst"] = {"workers": 1, **tst}
+        open_ = isinstance(cluster, Mapping) and "workers" not in cluster
+        if open_ and cluster.get("backend") != "inline" and isinstance(tst, Mapping):
+            # The demo: phase one on one worker, phase two on two.
+            raw["cluster"] = {**cluster, "workers": 2}
+            if phases is None:
+                raw["tst"] = {"workers": 1, **tst}
         if isinstance(train, Mapping) and "steps" not in train and isinstance(phases, list):
             steps = [phase.get("steps") for phase in phases if isinstance(phase, Mapping)]
             if steps and all(type(number) is int for number in steps):

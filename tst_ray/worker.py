@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from pipelines.shards import Manifest, TokenReader
 from tst_ray.checkpoint import Checkpointer
 from tst_ray.config import Config
 from tst_ray.metrics import MetricsLog, add_event, peak_flops
-from tst_ray.model import SuperpositionLM, build_model, describe, hf_config
+from tst_ray.architecture import describe, hf_config
+from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase, Plan, flops_per_step
 from tst_ray.storage import Storage
@@ -37,7 +38,6 @@ from tst_ray.storage import Storage
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
 
 _STATE_EVERY_S = 1.0
-_NUM_LANES = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Place:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 def train(job: Job, place: Place, open_batches: OpenBatches) -> int:
@@ -105,6 +105,7 @@ class Trainer:
     def __init__(self, job: Job, place: Place) -> None:
         config = job.config
         self.job, self.place, self.config, self.plan = job, place, config, job.plan
+        self.device = torch.device(place.device)
         self.run = Storage(job.run_url)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -116,7 +117,7 @@ class Trainer:
             self.hf_config,
             pretrained=config.model.source if config.model.pretrained else None,
             seed=config.run.seed,
-            device=place.device,
+            device=self.device,
             precision=config.train.precision,
             compile=config.train.compile,
             activation_checkpointing=config.train.activation_checkpointing,
@@ -143,12 +144,12 @@ class Trainer:
         spans = check_batch(batch, feed, step, self.place.rank, self.place.world_size)
         seed_step(self.config.run.seed, step, self.place.rank)
 
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         router_sum = torch.zeros_like(loss_sum)
         pieces = micro_batches(batch, self.config.train.micro_batch_size)
         for number, (tokens, num_real) in enumerate(pieces):
             self.model.set_last_micro_batch(number == len(pieces) - 1)
-            tokens = tokens.to(self.place.device, non_blocking=True)
+            tokens = tokens.to(self.device, non_blocking=True)
             out = self.model(tokens, phase, num_real=num_real)
             out.objective.backward()
             loss_sum += out.loss.detach()
@@ -160,7 +161,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         lanes = span_hashes(spans, feed.fingerprint).sum(axis=0)
-        sums = self.all_sum([loss_sum, router_sum, *lanes.tolist()])
+        sums = self.all_sum([loss_sum, router_sum], lanes.tolist())
         record = {
             "step": step + 1,
             "phase": phase.index,
@@ -181,20 +182,18 @@ class Trainer:
         """Plain next-token cross-entropy (nats) on held-out text; None where none was held out."""
         if self.validation.num_targets == 0:
             return None
-        total = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens, num_real in self.validation.micro_batches:
-            total += self.model.next_token_loss(tokens.to(self.place.device), num_real=num_real)
+            total += self.model.next_token_loss(tokens.to(self.device), num_real=num_real)
         return self.all_sum([total])[0] / self.validation.num_targets
 
-    def all_sum(self, values: list[Any]) -> list[float]:
-        """Sum each value over the ranks, in one collective; float64."""
+    def all_sum(self, values: list[torch.Tensor], lanes: Sequence[int] = ()) -> list[float]:
+        """Sum scalar tensors and integers below 2^40 over the ranks, in one collective; float64."""
+        exact = torch.tensor(lanes, dtype=torch.float64, device=self.device)
+        packed = torch.cat([torch.stack(values).double(), exact])
         if dist.is_initialized():
-            packed = torch.stack(
-                [torch.as_tensor(v, dtype=torch.float64, device=self.place.device) for v in values]
-            )
             dist.all_reduce(packed)
-            return packed.tolist()
-        return [float(value) for value in values]
+        return list(packed.tolist())
 
     # -- when things are due --------------------------------------------------------------------
 
@@ -215,14 +214,17 @@ class Trainer:
 
     def restore(self) -> int:
         """Load the newest good checkpoint and open the log behind it; the finished steps."""
-        state = self.state()
-        step = self.checkpointer.restore(state)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        info = self.checkpointer.newest_good()
+        if info is not None:
+            state = self.state()
+            self.checkpointer.load(info, state)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
+        step = info.step if info else 0
         self._begin_attempt(step)
         return step
 
@@ -347,7 +349,7 @@ class Speed:
 
     def __init__(self, plan: Plan, shape: Any, place: Place) -> None:
         self._plan, self._place = plan, place
-        self._cuda = place.device.type == "cuda"
+        self._cuda = place.device.startswith("cuda")
         name = torch.cuda.get_device_name(place.device) if self._cuda else ""
         peak = peak_flops(name)
         self._peak = peak * place.world_size if peak else None

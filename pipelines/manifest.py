@@ -1,0 +1,221 @@
+"""What a prepared folder holds, and whether it still does.
+
+manifest.json ── Manifest.load ──> Manifest: sources → splits → shards
+                                      └── verify_sizes, verify_checksums
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from pipelines.errors import DataError
+from pipelines.storage import locate, one_line, read_bytes, write_atomically
+
+FORMAT, VERSION = "token-shards", 1
+SPLITS = ("train", "validation")
+PREPARE_AGAIN = "run `tst-ray prepare` again, or restore the file from a copy"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of tokens; `file` is relative to the prepared folder."""
+
+    file: str
+    tokens: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation part of a source: the concatenation of its shards."""
+
+    tokens: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, shards: tuple[Shard, ...]) -> Split:
+        return cls(sum(shard.tokens for shard in shards), shards)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus of the mixture; `skipped` names the first of `num_skipped` unreadable texts."""
+
+    name: str
+    path: str
+    documents: int
+    text_bytes: int
+    num_skipped: int
+    skipped: tuple[dict[str, str], ...]
+    train: Split
+    validation: Split
+
+    def split(self, name: str) -> Split:
+        assert name in SPLITS, name
+        return self.train if name == "train" else self.validation
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. `settings` are the choices that its shards were made with."""
+
+    folder: str
+    dtype: str
+    row_tokens: int
+    vocab_size: int
+    eot_token: int
+    tokenizer_fingerprint: str
+    sources: tuple[Source, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str) -> Manifest:
+        """Read `folder`/manifest.json. Raises DataError where there is none, or none of ours."""
+        filesystem, path = locate(folder)
+        where = f"{folder}/manifest.json"
+        try:
+            content = json.loads(read_bytes(filesystem, f"{path}/manifest.json"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{where}: not found; make the shards with `tst-ray prepare`, "
+                "or correct the folder's name"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
+        except ValueError as error:
+            raise DataError(
+                f"{where}: not valid JSON ({one_line(error)}); {PREPARE_AGAIN}"
+            ) from None
+        found = (content.get("format"), content.get("version")) if isinstance(content, dict) else ()
+        if found != (FORMAT, VERSION):
+            raise DataError(
+                f"{where}: not a manifest of {FORMAT} version {VERSION}; {PREPARE_AGAIN}"
+            )
+        try:
+            return cls._from_json(folder, content)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where}: misses or misspells {error}; {PREPARE_AGAIN}") from None
+
+    @classmethod
+    def _from_json(cls, folder: str, content: dict[str, Any]) -> Manifest:
+        return cls(
+            folder=folder,
+            dtype=content["dtype"],
+            row_tokens=content["row_tokens"],
+            vocab_size=content["vocab_size"],
+            eot_token=content["eot_token"],
+            tokenizer_fingerprint=content["tokenizer"]["fingerprint"],
+            sources=tuple(_source_from_json(source) for source in content["sources"]),
+            settings=content["settings"],
+        )
+
+    def save(self) -> None:
+        """Write manifest.json atomically: until then, the folder's previous manifest stands."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype,
+            "row_tokens": self.row_tokens,
+            "vocab_size": self.vocab_size,
+            "eot_token": self.eot_token,
+            "tokenizer": {"folder": "tokenizer", "fingerprint": self.tokenizer_fingerprint},
+            "settings": self.settings,
+            "sources": [asdict(source) for source in self.sources],
+        }
+        filesystem, path = locate(self.folder)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(filesystem, f"{path}/manifest.json", text.encode())
+
+    @property
+    def tokenizer_folder(self) -> str:
+        return f"{self.folder}/tokenizer"
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the corpus: sha256 over the checksums of all shards, in order."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            for name in SPLITS:
+                digest.update(f"{source.name}/{name}\n".encode())
+                for shard in source.split(name).shards:
+                    digest.update(f"{shard.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def source(self, name: str) -> Source:
+        """The source of that name. Raises DataError, naming those there are."""
+        for source in self.sources:
+            if source.name == name:
+                return source
+        names = ", ".join(source.name for source in self.sources)
+        raise DataError(f"{self.folder}: has no source named {name}; it has {names}")
+
+    def shards(self) -> Iterator[Shard]:
+        """Every shard of every source and split."""
+        for source in self.sources:
+            for name in SPLITS:
+                yield from source.split(name).shards
+
+
+def _source_from_json(content: dict[str, Any]) -> Source:
+    splits = {
+        name: Split(
+            content[name]["tokens"], tuple(Shard(**shard) for shard in content[name]["shards"])
+        )
+        for name in SPLITS
+    }
+    return Source(**{**content, "skipped": tuple(content["skipped"]), **splits})
+
+
+# ── verification ─────────────────────────────────────────────────────────────────────────────────
+
+
+def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
+    """The shards that are missing or of another size, by file name, each with what is wrong.
+
+    Lists each source's folder once instead of asking for every file: one request for thousands.
+    """
+    filesystem, root = locate(folder)
+    sizes: dict[str, int] = {}
+    for name in sorted({os.path.dirname(shard.file) for shard in shards}):
+        selector = pafs.FileSelector(f"{root}/{name}", allow_not_found=True)
+        for info in filesystem.get_file_info(selector):
+            sizes[f"{name}/{info.base_name}"] = info.size
+    problems = {}
+    for shard in shards:
+        size = sizes.get(shard.file)
+        if size is None:
+            problems[shard.file] = "is missing"
+        elif size != shard.bytes:
+            problems[shard.file] = f"has {size} bytes instead of {shard.bytes}"
+    return problems
+
+
+def verify_sizes(manifest: Manifest) -> None:
+    """Check that every shard exists with its size. Raises DataError naming the first that fails."""
+    for file, problem in damaged_shards(manifest.folder, list(manifest.shards())).items():
+        raise DataError(f"shard {manifest.folder}/{file} {problem}; {PREPARE_AGAIN}")
+
+
+def verify_checksums(manifest: Manifest) -> None:
+    """Check the SHA-256 of every shard: reads the whole corpus. Raises DataError."""
+    verify_sizes(manifest)
+    filesystem, root = locate(manifest.folder)
+    for shard in manifest.shards():
+        digest = hashlib.sha256()
+        with filesystem.open_input_stream(f"{root}/{shard.file}", compression=None) as stream:
+            while chunk := stream.read(2**22):
+                digest.update(chunk)
+        if digest.hexdigest() != shard.sha256:
+            raise DataError(
+                f"shard {manifest.folder}/{shard.file} has SHA-256 {digest.hexdigest()[:12]}… "
+                f"instead of {shard.sha256[:12]}…: it was altered; {PREPARE_AGAIN}"
+            )

@@ -1,0 +1,386 @@
+"""Sources of text: which files there are, how they are cut into units, and the texts in them."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import corpus, texts
+from pipelines.corpus import (
+    Corpus,
+    SourceSpec,
+    TextFile,
+    find_files,
+    is_held_out,
+    named_sources,
+    plan_units,
+)
+from pipelines.errors import DataError
+from pipelines.storage import locate
+from pipelines.texts import Text, Unreadable, read_file, read_unit, sample_texts
+
+
+def found(path: str, **options: str) -> Corpus:
+    return find_files(named_sources([SourceSpec(path, **options)])[0])
+
+
+def paths(path: str) -> list[str]:
+    return [file.path for file in found(path).files]
+
+
+def read(path: Path, **options: str) -> list[Text | Unreadable]:
+    source = found(str(path), **options)
+    return list(read_file(source.root, source.files[0], source.text_field))
+
+
+def contents(items: list[Text | Unreadable]) -> list[str]:
+    return [item.content for item in items if isinstance(item, Text)]
+
+
+def reasons(items: list[Text | Unreadable]) -> list[str]:
+    return [item.reason for item in items if isinstance(item, Unreadable)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in (
+        "a.txt",
+        "b.md",
+        "sub/c.py",
+        "sub/deep/d.jsonl.gz",
+        "sub/deep/e.parquet",
+        "sub/f.png",
+        "sub/__pycache__/g.py",
+        ".git/h.txt",
+        "i.dat",
+    ):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "tree"
+
+
+# ── names and files ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_source_gets_a_name_of_its_own() -> None:
+    specs = [
+        SourceSpec("python-stdlib"),
+        SourceSpec("/data/books/*.txt"),
+        SourceSpec("s3://bucket/web crawl/**/*.jsonl.zst?region=us-east-1"),
+        SourceSpec("/other/books/"),
+        SourceSpec("/x/notes.md"),
+        SourceSpec("/x", name="mine"),
+    ]
+    names = [spec.name for spec in named_sources(specs)]
+    assert names == ["python-stdlib", "books", "web-crawl", "books-2", "notes", "mine"]
+    assert [spec.path for spec in named_sources(specs)] == [spec.path for spec in specs]
+
+
+@pytest.mark.parametrize(
+    ("specs", "told"),
+    [
+        ([], "no source of text"),
+        ([SourceSpec("a", name="x/y")], "source name 'x/y': choose letters"),
+        ([SourceSpec("a", name="units")], "source name 'units'"),
+        ([SourceSpec("a", name="x"), SourceSpec("b", name="x")], "'x' is given twice"),
+    ],
+)
+def test_bad_names_are_refused(specs: list[SourceSpec], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        named_sources(specs)
+
+
+def test_a_folder_takes_in_text_and_nothing_hidden(tree: Path) -> None:
+    expected = ["a.txt", "b.md", "sub/c.py", "sub/deep/d.jsonl.gz", "sub/deep/e.parquet"]
+    assert paths(str(tree)) == paths(f"{tree}/") == paths(f"file://{tree}") == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.txt", ["a.txt"]),
+        ("i.dat", ["i.dat"]),
+        ("*", ["a.txt", "b.md", "i.dat"]),
+        ("?.[mt]*", ["a.txt", "b.md"]),
+        ("[!a].*", ["b.md", "i.dat"]),
+        ("**/*.py", ["sub/__pycache__/g.py", "sub/c.py"]),
+        ("sub/*", ["c.py", "f.png"]),
+        ("**/deep/*", ["sub/deep/d.jsonl.gz", "sub/deep/e.parquet"]),
+        ("sub/**", ["__pycache__/g.py", "c.py", "deep/d.jsonl.gz", "deep/e.parquet", "f.png"]),
+    ],
+)
+def test_globs(tree: Path, pattern: str, expected: list[str]) -> None:
+    """Paths come below the pattern's fixed folder."""
+    assert paths(f"{tree}/{pattern}") == expected
+
+
+def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
+    (tmp_path / "b[1].txt").write_text("x")
+    assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]
+
+
+def test_an_address_is_a_source_too() -> None:
+    filesystem, inner = locate("memory://texts/here")
+    filesystem.create_dir(f"{inner}/sub")
+    for name in ("a.txt", "sub/b.txt"):
+        with filesystem.open_output_stream(f"{inner}/{name}") as stream:
+            stream.write(name.encode())
+    for path in ("memory://texts/here", "memory://texts/here/**/*.txt"):
+        source = found(path)
+        assert [file.path for file in source.files] == ["a.txt", "sub/b.txt"]
+        assert [contents(list(read_file(source.root, file, "text"))) for file in source.files] == [
+            ["a.txt"],
+            ["sub/b.txt"],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nowhere", "nowhere: not found; correct the path"),
+        ("*.rtf", "matches no files of text; name a file, or a glob"),
+        ("sub/__pycache__/g.py/x", "not found|cannot be reached"),
+        ("empty", "all its 1 files are empty"),
+        ("only_pictures", "matches no files of text"),
+    ],
+)
+def test_sources_without_text_are_refused(tree: Path, path: str, told: str) -> None:
+    (tree / "empty").mkdir()
+    (tree / "empty" / "x.txt").touch()
+    (tree / "only_pictures").mkdir()
+    (tree / "only_pictures" / "x.png").write_text("x")
+    with pytest.raises(DataError, match=told) as error:
+        found(f"{tree}/{path}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_standard_library_is_a_source() -> None:
+    source = found("python-stdlib")
+    names = {file.path for file in source.files}
+    assert {"os.py", "asyncio/tasks.py"} <= names
+    assert all(name.endswith(".py") for name in names)
+    assert not any("-packages/" in name or "__pycache__" in name for name in names)
+    assert source == found("python-stdlib")
+    assert source.size > 5e6
+
+
+# ── units of work ────────────────────────────────────────────────────────────────────────────────
+
+
+def made_up(sizes: list[int], name: str = "f") -> Corpus:
+    files = (TextFile(f"{name}{i:04d}.txt", size, i) for i, size in enumerate(sizes))
+    return Corpus("made", "/made", "text", tuple(files))
+
+
+SIZES = [(i * 7919) % 300_000 + 1 for i in range(1000)]
+
+
+def test_units_hold_every_file_once_in_order() -> None:
+    source = made_up(SIZES)
+    units = plan_units(source)
+    assert tuple(file for unit in units for file in unit.files) == source.files
+    target = 16 * 2**20  # the power of two below an eighth of 150 MB
+    assert max(unit.size for unit in units) < 2 * target + 300_000
+    assert 5 <= len(units) <= 25
+
+
+def test_a_big_file_is_a_unit_of_its_own() -> None:
+    units = plan_units(made_up([10, 10, 50_000_000, 10, 10]))
+    assert [len(unit.files) for unit in units] == [2, 1, 2]
+
+
+def test_a_changed_file_leaves_the_other_units_alone() -> None:
+    before = plan_units(made_up(SIZES))
+    for changed in range(0, 1000, 37):
+        source = made_up(SIZES)
+        files = list(source.files)
+        files[changed] = replace(files[changed], size=files[changed].size + 999, modified_ns=-1)
+        added = TextFile(f"f{changed:04d}b.txt", 5000, 0)
+        files.insert(changed + 1, added)
+        after = plan_units(replace(source, files=tuple(files)))
+        assert len(set(before) - set(after)) <= 3
+
+
+def write_parquet(path: Path, texts: list[object], rows_per_group: int, **columns: list) -> None:
+    table = pa.table({"text": pa.array(texts, pa.string()), **columns})
+    pq.write_table(table, path, row_group_size=rows_per_group, compression="none")
+
+
+def test_a_big_parquet_file_is_split_by_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MIN_UNIT_BYTES", 1000)
+    monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 1000)
+    documents = [f"document {i} " * (1 + i % 9) for i in range(100)]
+    write_parquet(tmp_path / "a.parquet", documents, rows_per_group=7)
+    units = plan_units(found(f"{tmp_path}/*.parquet"))
+    assert len(units) > 4
+    read = [text for unit in units for text in read_unit(unit)]
+    assert contents(read) == documents
+    assert [text.index for text in read if isinstance(text, Text)] == list(range(100))
+
+
+# ── what is held out ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_held_out_documents_are_chosen_by_name_alone() -> None:
+    names = [("web", f"{i}.txt", j) for i in range(100) for j in range(100)]
+    two = {name for name in names if is_held_out(*name, 0.02)}
+    five = {name for name in reversed(names) if is_held_out(*name, 0.05)}
+    assert 140 < len(two) < 260
+    assert two < five  # a larger share holds out the same documents and more
+    assert not any(is_held_out(*name, 0.0) for name in names)
+    assert {("web", *rest) for _, *rest in two} != {
+        ("web", *rest) for _, *rest in names if is_held_out("other", *rest, 0.02)
+    }
+    assert is_held_out("web", "3.txt", 4, 0.02) == (("web", "3.txt", 4) in two)
+
+
+# ── text files ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\r\ntwo\n\nüñ😀".encode())
+    assert read(path) == [Text("a.txt", 0, "one\r\ntwo\n\nüñ😀", 18)]
+    path.write_bytes(b"\xef\xbb\xbfmarked")
+    assert contents(read(path)) == ["marked"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2"])
+def test_a_long_file_comes_in_pieces_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(texts, "PIECE_BYTES", 100)
+    whole = "".join(f"line {i} " + "é" * (i % 30) + "\n" for i in range(200))
+    path = tmp_path / f"a.txt{suffix}"
+    with pa.output_stream(str(path), compression="detect") as stream:
+        stream.write(whole.encode())
+    pieces = [piece for piece in read(path) if isinstance(piece, Text)]
+    assert "".join(piece.content for piece in pieces) == whole
+    assert all(piece.content.endswith("\n") and piece.num_bytes <= 100 for piece in pieces)
+    assert [piece.index for piece in pieces] == list(range(len(pieces)))
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("offset", range(5))
+def test_a_long_line_is_cut_between_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    monkeypatch.setattr(texts, "PIECE_BYTES", 100)
+    whole = "x" * offset + "😀é" * 100
+    (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
+    pieces = read(tmp_path / "a.txt")
+    assert not reasons(pieces)
+    assert "".join(contents(pieces)) == whole
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
+    assert read(tmp_path / "a.txt") == [
+        Unreadable("a.txt", "not UTF-8 at byte 2 (invalid start byte)")
+    ]
+
+
+def test_a_bad_piece_leaves_the_rest_and_the_document_still_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "PIECE_BYTES", 10)
+    (tmp_path / "a.txt").write_bytes(b"good line\nbad \xff ...\ngood line\nbad \xff end")
+    items = read(tmp_path / "a.txt")
+    assert contents(items) == ["good line\n", "good line\n", ""]
+    assert [reason.split(":")[0] for reason in reasons(items)] == ["piece 2", "piece 4"]
+    assert [item.ends_document for item in items if isinstance(item, Text)] == [False, False, True]
+
+
+# ── JSON Lines and Parquet ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_of_json_is_a_document(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    rows = [{"body": "one\ntwo"}, {"body": ""}, {"body": "three", "id": 3}]
+    with pa.output_stream(str(path), compression="detect") as stream:
+        stream.write("\n\n".join(json.dumps(row) for row in rows).encode())
+    items = read(path, text_field="body")
+    assert items == [Text("a.jsonl" + suffix, 0, "one\ntwo", 7),
+                     Text("a.jsonl" + suffix, 4, "three", 5)]  # fmt: skip
+
+
+def test_bad_lines_are_named_and_the_others_read(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "one"}',
+        b'{"text": "cut',
+        b'["text"]',
+        b'{"body": "x"}',
+        b'{"text": 5}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"text": "two"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    items = read(tmp_path / "a.jsonl")
+    assert contents(items) == ["one", "two"]
+    told = reasons(items)
+    assert [reason.split(":")[0] for reason in told] == [f"line {i}" for i in range(2, 9)]
+    assert "not JSON" in told[0] and "no text in field 'text'" in told[2]
+    assert "surrogate" in told[5]
+
+
+def test_a_row_of_parquet_is_a_document(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"], 2, id=[1, 2, 3, 4])
+    items = read(tmp_path / "a.parquet")
+    assert items == [
+        Text("a.parquet", 0, "one", 3),
+        Unreadable("a.parquet", "row 2: no text in field 'text' (text_field)"),
+        Text("a.parquet", 3, "two", 3),
+    ]
+    assert reasons(read(tmp_path / "a.parquet", text_field="body")) == [
+        "no column 'body' (text_field); it has text, id"
+    ]
+
+
+def test_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PIECE_BYTES", 1000)
+    whole = "".join(f"line {i * i}\n" for i in range(100_000))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(whole.encode())[:200_000])
+    items = read(tmp_path / "a.txt.gz")
+    assert whole.startswith("".join(contents(items))) and len(contents(items)) > 2
+    assert [reason.split(" (")[0] for reason in reasons(items)] == ["damaged or cut short"]
+    assert items[-1] == Text("a.txt.gz", len(contents(items)) - 1, "", 0)  # it ends all the same
+
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 is not enough PAR1")
+    assert reasons(read(tmp_path / "b.parquet"))[0].startswith("damaged or cut short")
+
+
+def test_text_is_never_left_out_because_storage_failed(tree: Path) -> None:
+    source = found(str(tree / "a.txt"))
+    (tree / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read"):
+        list(read_file(source.root, source.files[0], "text"))
+
+
+# ── the sample for a tokenizer ───────────────────────────────────────────────────────────────────
+
+
+def test_a_sample_is_spread_and_the_same_every_time(tmp_path: Path) -> None:
+    for folder, num_files in (("small", 500), ("big", 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(num_files):
+            size = 2_000 if folder == "small" else 400_000
+            (tmp_path / folder / f"{i}.txt").write_text(chr(97 + i % 26) * size)
+    (tmp_path / "small" / "bad.txt").write_bytes(b"\xff")
+    corpora = [found(str(tmp_path / "small")), found(str(tmp_path / "big"))]
+    sample = list(sample_texts(corpora, 400_000))
+    assert sample == list(sample_texts(corpora, 400_000))
+    small = [text for text in sample if len(text) <= 2_000]
+    big = [text for text in sample if len(text) > 2_000]
+    assert 198_000 <= sum(map(len, small)) <= 202_000
+    assert len({text[0] for text in small}) > 20
+    assert [len(text) for text in big] == [200_000 // 3] * 3

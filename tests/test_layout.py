@@ -1,0 +1,52 @@
+"""The house: what may import what, and what every module says of itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = (
+    "errors settings checks config plan storage superposition architecture model optim checkpoint metrics worker "
+    "runstore session display export coordinator report cli run"
+).split()
+MODULES = sorted([*(ROOT / "tst_ray").glob("*.py"), *(ROOT / "pipelines").glob("*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_pipelines_import_nothing_of_tst_ray() -> None:
+    for path in (ROOT / "pipelines").glob("*.py"):
+        assert not [name for name in imports(path) if name.startswith("tst_ray")], path.name
+
+
+def test_a_module_imports_only_what_stands_above_it() -> None:
+    for path in (ROOT / "tst_ray").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        above = ORDER[: ORDER.index(path.stem)]
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("tst_ray.")}
+        assert ours <= set(above), f"{path.name} imports {ours - set(above)}"
+
+
+def test_one_module_imports_ray_train() -> None:
+    users = {path.name for path in MODULES if any(n.startswith("ray.train") for n in imports(path))}
+    assert users == {"coordinator.py"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_module_is_one_documented_room(path: Path) -> None:
+    source = path.read_text()
+    assert source == "" or ast.get_docstring(ast.parse(source)), "has no docstring"
+    assert source.count("\n") <= 500, "is longer than one room"

@@ -1,0 +1,112 @@
+"""Metrics: each step once, curves that go on, settings beside the final loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tst_ray.metrics import (
+    METRICS,
+    TENSORBOARD,
+    MetricsLog,
+    add_event,
+    drop_after,
+    flatten,
+    peak_flops,
+    write_hparams,
+)
+from tst_ray.storage import Storage
+
+
+def record(step: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {"step": step, "phase": 0, "loss": loss, "lr": 1e-3, "world_size": 1, **more}
+
+
+def write_steps(run: Storage, start: int, stop: int, loss: float, every: int = 1) -> None:
+    log = MetricsLog(run, start, every, "run:\n  name: test\n")
+    for step in range(start + 1, stop + 1):
+        log.write(record(step, loss))
+    log.close()
+
+
+def curve(run: Storage, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator((run / TENSORBOARD).path, size_guidance={"scalars": 0})
+    board.Reload()
+    return [(point.step, point.value) for point in board.Scalars(tag)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    storage = Storage(str(tmp_path / "run"))
+    storage.make()
+    return storage
+
+
+def test_after_a_restart_each_step_stands_once(run: Storage) -> None:
+    write_steps(run, 0, 7, loss=1.0)
+    write_steps(run, 4, 9, loss=2.0)
+    records = run.read_lines(METRICS)
+    assert [r["step"] for r in records] == list(range(1, 10))
+    assert [r["loss"] for r in records] == [1.0] * 4 + [2.0] * 5
+
+
+def test_the_curve_goes_on_where_it_was(run: Storage) -> None:
+    write_steps(run, 0, 7, loss=1.0)
+    write_steps(run, 4, 9, loss=2.0)
+    assert curve(run, "loss/train") == [(s, 1.0) for s in range(1, 5)] + [
+        (s, 2.0) for s in range(5, 10)
+    ]
+
+
+def test_a_torn_line_is_dropped_before_more_is_added(run: Storage) -> None:
+    run.write(METRICS, json.dumps(record(1, 1.0)) + '\n{"step": 2, "lo')
+    drop_after(run, 1)
+    assert run.read(METRICS).endswith(b"}\n")
+    assert [r["step"] for r in run.read_lines(METRICS)] == [1]
+
+
+def test_curves_are_thinned_but_evaluations_are_not(run: Storage) -> None:
+    log = MetricsLog(run, 0, 5, "")
+    for step in range(1, 11):
+        log.write(record(step, 1.0, **({"val_loss": 3.0} if step == 7 else {})))
+    log.close()
+    assert [step for step, _ in curve(run, "loss/train")] == [5, 7, 10]
+    assert curve(run, "loss/validation") == [(7, 3.0)]
+    assert len(run.read_lines(METRICS)) == 10
+
+
+def test_the_config_is_readable_in_tensorboard(run: Storage) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_steps(run, 0, 1, loss=1.0)
+    write_hparams(run, {"train": {"steps": 5, "betas": [0.9, 0.95]}}, {"step": 5, "val_loss": 2.5})
+    board = EventAccumulator((run / TENSORBOARD).path)
+    board.Reload()
+    text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "name: test" in text
+    assert "_hparams_/session_start_info" in board.summary_metadata
+    assert board.Scalars("final/val_loss")[0].value == 2.5
+
+
+def test_events_carry_their_time(run: Storage) -> None:
+    add_event(run, "switch", step=5)
+    (event,) = run.read_lines("events.jsonl")
+    assert event["event"] == "switch"
+    assert event["step"] == 5
+    assert event["time"] > 1.7e9
+
+
+def test_peaks_are_those_of_the_longest_name() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("TPU") is None
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}

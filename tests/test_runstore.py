@@ -1,0 +1,105 @@
+"""The run directory: one driver, one config, nothing overwritten."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tst_ray.config import load_config
+from tst_ray.errors import ConfigError, RunError
+from tst_ray.runstore import hold, open_run, read_state, run_storage, update_state
+from tst_ray.storage import Storage
+
+
+def make_config(tmp_path: Path, *overrides: str):  # noqa: ANN201
+    return load_config(None, [f"--run.storage={tmp_path}", *overrides])
+
+
+def test_the_config_is_written_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with open_run(config) as run:
+        first = run.read("config.yaml")
+    with open_run(make_config(tmp_path, "--checkpoint.every=7")) as run:
+        assert run.read("config.yaml") == first
+
+
+def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path: Path) -> None:
+    with open_run(make_config(tmp_path)) as run:
+        before = run.read("config.yaml")
+    other = make_config(tmp_path, "--train.batch_size=8", "--run.seed=3")
+    with pytest.raises(ConfigError) as caught, open_run(other):
+        pass
+    message = str(caught.value)
+    assert "train.batch_size" in message and "16" in message and "8" in message
+    assert "run.seed" in message
+    assert run.read("config.yaml") == before
+
+
+def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with open_run(config) as run:
+        code = (
+            "from tst_ray.runstore import hold\nfrom tst_ray.storage import Storage\n"
+            f"with hold(Storage({run.url!r})): print('held')"
+        )
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "another driver holds this run (process" in second.stderr
+    assert "held" not in second.stdout
+    with open_run(config):
+        pass
+
+
+def test_a_killed_drivers_hold_is_gone_at_once(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "run"))
+    run.make()
+    code = (
+        "import sys, time\nfrom tst_ray.runstore import hold\nfrom tst_ray.storage import Storage\n"
+        f"with hold(Storage({run.url!r})):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline().strip() == "held"
+    first.kill()
+    first.wait()
+    with hold(run):
+        pass
+
+
+def test_on_remote_storage_a_lease_keeps_others_out_until_it_ends() -> None:
+    run = Storage("memory://bucket/leased")
+    run.remove()
+    with hold(run), pytest.raises(RunError, match=r"another driver .* try again in \d+ seconds"):
+        with hold(run):
+            pass
+    with hold(run):
+        pass
+
+
+def test_a_stale_lease_is_taken_over() -> None:
+    run = Storage("memory://bucket/stale")
+    run.write_json("driver.lock", {"id": "x", "host": "gone", "pid": 1, "renewed": 0.0})
+    with hold(run):
+        assert run.read_json("driver.lock")["host"] != "gone"
+
+
+def test_state_keeps_what_is_not_changed(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "run"))
+    assert read_state(run) == {}
+    update_state(run, status="running", step=5)
+    update_state(run, status="failed")
+    state = read_state(run)
+    assert (state["status"], state["step"]) == ("failed", 5)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = load_config(None, [f"--run.storage={tmp_path}/file"])
+    with pytest.raises(RunError, match=r"run\.storage: cannot write"), open_run(config):
+        pass
+    assert run_storage(config).url.endswith("/file/demo")

@@ -1,0 +1,495 @@
+"""Preparing shards: the same tokens however it is done, and no work done twice."""
+
+import filecmp
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines import corpus, tokenize, units
+from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
+from pipelines.errors import DataError
+from pipelines.manifest import Manifest, verify_checksums
+from pipelines.shards import TokenReader
+from pipelines.texts import Text, read_file
+from pipelines.tokenize import prepare, prepared_folder
+from pipelines.tokenizer import (
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+
+SETTINGS: dict[str, Any] = {
+    "tokenizer": "train",
+    "vocab_size": 300,
+    "validation_share": 0.2,
+    "row_tokens": 64,
+    "undecodable": "skip",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MIN_UNIT_BYTES", 500)
+    monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 500)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(tmp_path / "prepared")
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[SourceSpec]:
+    """Forty text files, one of them undecodable, and a file of JSON Lines."""
+    books = tmp_path / "books"
+    books.mkdir()
+    for i in range(40):
+        (books / f"{i:02d}.txt").write_text(f"Chapter {i}: ünder the {'sea ' * (i % 13)}\n" * 3)
+    (books / "17.txt").write_bytes(b"not \xff text")
+    rows = [json.dumps({"body": f"page {i} <|endoftext|> {'web ' * (i % 7)}"}) for i in range(30)]
+    (tmp_path / "web.jsonl").write_text("\n".join(rows))
+    return [SourceSpec(str(books)), SourceSpec(str(tmp_path / "web.jsonl"), text_field="body")]
+
+
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The first file of each unit that is tokenized, as it happens."""
+    seen: list[str] = []
+    whole = units.tokenize_unit
+
+    def watched(job: units.Job, numbered: units.NumberedUnit) -> units.Record:
+        seen.append(numbered.unit.files[0].path)
+        return whole(job, numbered)
+
+    monkeypatch.setattr(units, "tokenize_unit", watched)
+    return seen
+
+
+def prepared(sources: list[SourceSpec], folder: str, **changes: Any) -> Manifest:
+    return prepare(sources, folder=folder, **{**SETTINGS, **changes})
+
+
+def split_tokens(manifest: Manifest, source: str, split: str) -> np.ndarray:
+    reader = TokenReader(manifest, source, split)
+    return reader.read(0, reader.num_tokens)
+
+
+def documents(manifest: Manifest, source: str, split: str) -> list[str]:
+    """The text between end-of-text tokens."""
+    tokens = split_tokens(manifest, source, split)
+    tokenizer = load_tokenizer(manifest.tokenizer_folder)
+    pieces = np.split(tokens, np.flatnonzero(tokens == manifest.eot_token) + 1)
+    assert len(pieces[-1]) == 0  # the last document ends too
+    return [tokenizer.decode(piece[:-1]) for piece in pieces[:-1]]
+
+
+def same_folders(one: str, other: str) -> bool:
+    names = sorted(str(path.relative_to(one)) for path in Path(one).rglob("*") if path.is_file())
+    others = sorted(
+        str(path.relative_to(other)) for path in Path(other).rglob("*") if path.is_file()
+    )
+    return names == others and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+def told(error: pytest.ExceptionInfo[DataError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ── what is in the shards ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_shards_hold_the_texts(sources: list[SourceSpec], folder: str) -> None:
+    manifest = prepared(sources, folder)
+    assert [source.name for source in manifest.sources] == ["books", "web"]
+    for spec in named_sources(sources):
+        files = find_files(spec)
+        texts = [
+            text
+            for file in files.files
+            for text in read_file(files.root, file, spec.text_field)
+            if isinstance(text, Text)
+        ]
+        split = {True: [], False: []}
+        for text in texts:
+            split[is_held_out(files.name, text.path, text.index, 0.2)].append(text.content)
+        assert documents(manifest, files.name, "train") == split[False]
+        assert documents(manifest, files.name, "validation") == split[True]
+        assert len(split[True]) > 2
+        source = manifest.source(files.name)
+        assert source.documents == len(texts)
+        assert source.text_bytes == sum(text.num_bytes for text in texts)
+
+
+def test_the_manifest_counts_what_there_is(sources: list[SourceSpec], folder: str) -> None:
+    manifest = prepared(sources, folder)
+    assert Manifest.load(folder) == manifest
+    verify_checksums(manifest)
+    assert manifest.dtype == "uint16" and manifest.row_tokens == 64
+    books = manifest.source("books")
+    assert books.num_skipped == 1
+    assert books.skipped == (
+        {"path": "17.txt", "reason": "not UTF-8 at byte 4 (invalid start byte)"},
+    )
+    assert len(books.train.shards) > 3
+    assert books.train.shards[0].file == "books/train-00000-00000.parquet"
+    for source in manifest.sources:
+        for split in (source.train, source.validation):
+            assert split.tokens == sum(shard.tokens for shard in split.shards)
+
+
+def test_a_long_text_has_one_end(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One big file still gives its share to the hold-out."""
+    monkeypatch.setattr("pipelines.texts.PIECE_BYTES", 200)
+    whole = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(whole)
+    manifest = prepared([SourceSpec(str(tmp_path / "a.txt"))], folder, undecodable="refuse")
+    train, held_out = (split_tokens(manifest, "a", split) for split in ("train", "validation"))
+    assert sum((tokens == manifest.eot_token).sum() for tokens in (train, held_out)) == 1
+    assert 0.1 < len(held_out) / (len(train) + len(held_out)) < 0.35
+    assert manifest.source("a").documents == 1
+    tokenizer = load_tokenizer(manifest.tokenizer_folder)
+    lines = tokenizer.decode(train).splitlines() + tokenizer.decode(held_out).splitlines()
+    assert sorted(set(lines) - {"<|endoftext|>"}) == sorted(whole.splitlines())
+
+
+def test_no_share_holds_nothing_out(sources: list[SourceSpec], folder: str) -> None:
+    manifest = prepared(sources, folder, validation_share=0.0)
+    assert all(source.validation.tokens == 0 for source in manifest.sources)
+    assert len(documents(manifest, "books", "train")) == 39
+
+
+def test_a_large_vocabulary_takes_four_bytes(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<end>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 70_000)}, "sea": 70_000}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", unk_token="<unk>")
+    made.save_pretrained(tmp_path / "words")
+    manifest = prepared(sources[:1], folder, tokenizer=str(tmp_path / "words"))
+    assert (manifest.dtype, manifest.vocab_size) == ("uint32", 70_001)
+    assert split_tokens(manifest, "books", "train").max() == 70_000
+
+
+def test_an_address_serves_as_a_folder(sources: list[SourceSpec], folder: str) -> None:
+    local = prepared(sources, folder)
+    remote = prepared(sources, "memory://prepared/here")
+    assert remote.fingerprint == local.fingerprint
+    verify_checksums(remote)
+    assert check_tokenizer(remote).eos_token == "<|endoftext|>"
+    assert prepared(sources, "memory://prepared/here") == remote
+
+
+# ── no work twice ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_unchanged_sources_are_not_tokenized_again(
+    sources: list[SourceSpec], folder: str, tokenized: list[str]
+) -> None:
+    first = prepared(sources, folder)
+    assert len(tokenized) > 5
+    tokenized.clear()
+    lines: list[str] = []
+    assert prepared(sources, folder, log=lines.append) == first
+    assert tokenized == [] and "already prepared" in lines[-1]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_an_interrupted_preparation_goes_on(
+    sources: list[SourceSpec],
+    folder: str,
+    tmp_path: Path,
+    tokenized: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+) -> None:
+    undisturbed = prepared(sources, str(tmp_path / "undisturbed"))
+    num_units = len(tokenized)
+    tokenized.clear()
+
+    def progress(done: int, total: int) -> None:
+        if len(tokenized) > stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(sources, folder, progress=progress)
+    # A unit that wrote shards but no record was not finished.
+    record = sorted(Path(folder, "units").iterdir())[0]
+    record.unlink()
+    with pytest.raises(DataError, match="not found"):
+        Manifest.load(folder)
+    tokenized.clear()
+    again = prepared(sources, folder)
+    assert len(tokenized) == num_units - stop_after
+    assert again.fingerprint == undisturbed.fingerprint
+    assert same_folders(folder, undisturbed.folder)
+
+
+def test_only_damaged_shards_are_made_again(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path
+) -> None:
+    first = prepared(sources, folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    tokenized.clear()
+    shards = first.source("books").train.shards
+    Path(folder, shards[1].file).unlink()
+    cut = Path(folder, shards[3].file)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (Path(folder, "units") / "torn.json").write_text('{"key": ')
+    assert prepared(sources, folder) == first
+    assert len(tokenized) == 2
+    Path(folder, "units", "torn.json").unlink()
+    assert same_folders(folder, str(tmp_path / "copy"))
+
+
+def test_only_changed_files_are_tokenized_again(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path
+) -> None:
+    before = prepared(sources, folder)
+    num_units = len(tokenized)
+    old = split_tokens(before, "books", "train")
+    tokenized.clear()
+    (tmp_path / "books" / "20.txt").write_text("A chapter that is new.\n" * 9)
+    after = prepared(sources, folder)
+    assert 1 <= len(tokenized) <= 3 < num_units
+    assert after.fingerprint != before.fingerprint
+    assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
+    every = documents(after, "books", "train") + documents(after, "books", "validation")
+    assert "A chapter that is new.\n" * 9 in every and len(every) == 39
+    # Whoever still reads by the older manifest reads what it promised.
+    verify_checksums(before)
+    np.testing.assert_array_equal(split_tokens(before, "books", "train"), old)
+
+
+def test_a_moved_folder_is_still_finished(
+    sources: list[SourceSpec], folder: str, tmp_path: Path, tokenized: list[str]
+) -> None:
+    first = prepared(sources, folder)
+    shutil.move(folder, tmp_path / "moved")
+    Path(tmp_path, "moved", "manifest.json").unlink()
+    tokenized.clear()
+    assert prepared(sources, str(tmp_path / "moved")).fingerprint == first.fingerprint
+    assert tokenized == []
+
+
+def test_progress_reaches_its_end(sources: list[SourceSpec], folder: str) -> None:
+    steps: list[tuple[int, int]] = []
+    prepared(sources, folder, progress=lambda done, total: steps.append((done, total)))
+    assert steps == sorted(steps) and steps[0][0] == 0
+    assert {total for _, total in steps} == {steps[-1][0]}
+
+
+# ── where shards go ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_runs_that_agree_share_a_folder(sources: list[SourceSpec], tmp_path: Path) -> None:
+    def name(specs: list[SourceSpec] = sources, **changes: Any) -> str:
+        return prepared_folder("cache", specs, **{**SETTINGS, **changes})
+
+    assert name().startswith("cache/books+web-")
+    assert name() == name([replace(spec, weight=0.5) for spec in sources])
+    tokenizer = train_tokenizer(["some text"], 260)
+    tokenizer.save_pretrained(tmp_path / "own")
+    one = name(tokenizer=str(tmp_path / "own"))
+    assert one == name(tokenizer=str(tmp_path / "own") + "/")
+    train_tokenizer(["other text " * 50], 270).save_pretrained(tmp_path / "own")
+    names = [
+        name(),
+        one,
+        name(tokenizer=str(tmp_path / "own")),
+        name(sources[:1]),
+        name([sources[0], replace(sources[1], text_field="text")]),
+        name(vocab_size=301),
+        name(validation_share=0.1),
+        name(row_tokens=128),
+        name(undecodable="refuse"),
+        name(tokenizer="gpt2"),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(tokenizer="gpt2", vocab_size=5) == name(tokenizer="gpt2")
+
+
+def test_a_folder_of_other_settings_is_left_alone(sources: list[SourceSpec], folder: str) -> None:
+    first = prepared(sources, folder)
+    with pytest.raises(DataError, match=r"other settings \(tokenizer, row_tokens\); prepare in"):
+        prepared(sources, folder, vocab_size=290, row_tokens=32)
+    assert prepared(sources, folder) == first
+    verify_checksums(first)
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_undecodable_text_is_refused_if_so_set(sources: list[SourceSpec], folder: str) -> None:
+    with pytest.raises(DataError) as error:
+        prepared(sources, folder, undecodable="refuse")
+    assert "books/17.txt: not UTF-8 at byte 4" in told(error)
+    assert "data.undecodable=skip" in told(error)
+
+
+def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "good.txt").write_text("good text\n" * 500)
+    specs = [SourceSpec(str(tmp_path / name)) for name in ("good.txt", "bad")]
+    with pytest.raises(DataError) as error:
+        prepared(specs, folder, validation_share=0.0)
+    assert "bad: gives nothing to train on: 0 documents" in told(error)
+    assert "1 texts unreadable (a.txt: not UTF-8 at byte 0" in told(error)
+    with pytest.raises(DataError, match="not found"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 256}, "vocab_size = 256: must be at least 257"),
+        ({"validation_share": 1.0}, "validation_share = 1.0: must be"),
+        ({"row_tokens": 0}, "row_tokens = 0: must be at least 1"),
+        ({"undecodable": "drop"}, "undecodable = 'drop': must be skip or refuse"),
+        ({"backend": "spark"}, "backend = 'spark': must be ray or inline"),
+        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere: no such folder"),
+    ],
+)
+def test_bad_choices_are_told(
+    sources: list[SourceSpec], folder: str, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        prepared(sources, folder, **changes)
+    assert expected in told(error)
+
+
+def test_a_folder_that_cannot_be_written_is_told(sources: list[SourceSpec], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError) as error:
+        prepared(sources, str(tmp_path / "file" / "prepared"))
+    assert "cannot be" in told(error)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# ── tokenizers ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_trained_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = [f"def f{i}(x): return x + {i}\n" for i in range(200)]
+    made = train_tokenizer(texts, 320)
+    assert tokenizer_fingerprint(train_tokenizer(texts, 320)) == tokenizer_fingerprint(made)
+    save_tokenizer(made, str(tmp_path / "own"))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(made)
+    assert len(loaded) == 320 and loaded.eos_token == "<|endoftext|>"
+    text = "any text at all: ünï 😀\n\tok  "
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_special_tokens_in_a_text_are_text(sources: list[SourceSpec], folder: str) -> None:
+    manifest = prepared(sources, folder)
+    tokens = split_tokens(manifest, "web", "train")
+    num_documents = sum(
+        not is_held_out("web", "web.jsonl", index, SETTINGS["validation_share"])
+        for index in range(30)
+    )
+    assert (tokens == manifest.eot_token).sum() == num_documents
+
+
+def test_nothing_is_added_or_cut(sources: list[SourceSpec], folder: str, tmp_path: Path) -> None:
+    """A tokenizer that frames, cuts and pads its sequences still gives the plain tokens."""
+    from tokenizers import processors
+
+    made = train_tokenizer(["Chapter under the sea " * 20], 280)
+    backend = made.backend_tokenizer
+    end = ("<|endoftext|>", made.eos_token_id)
+    backend.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [end])
+    backend.enable_truncation(5)
+    backend.enable_padding(length=999)
+    made.save_pretrained(tmp_path / "framed")
+    manifest = prepared(sources[:1], folder, tokenizer=str(tmp_path / "framed"))
+    every = documents(manifest, "books", "train") + documents(manifest, "books", "validation")
+    assert "Chapter 12: ünder the " + "sea " * 12 + "\n" in every[0] + "".join(every)
+    assert len(every) == 39
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    made = train_tokenizer(["some text"], 260)
+    made.eos_token = None
+    made.save_pretrained(tmp_path / "endless")
+    with pytest.raises(DataError) as error:
+        prepared(sources, folder, tokenizer=str(tmp_path / "endless"))
+    assert "endless: has no end-of-text token" in told(error)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as error:
+        prepared(sources, folder, tokenizer=str(tmp_path / "books"))
+    assert "books: cannot be loaded" in told(error)
+
+
+def test_shards_of_another_tokenizer_are_told(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    manifest = prepared(sources, folder)
+    own = check_tokenizer(manifest)
+    assert own.eos_token_id == manifest.eot_token
+    other = train_tokenizer(["another text " * 30], 300)
+    other.save_pretrained(tmp_path / "other")
+    for name, expected in [(str(tmp_path / "other"), "other"), ("train", None), (None, None)]:
+        if expected is None:
+            check_tokenizer(manifest, name)
+            continue
+        with pytest.raises(DataError, match=f"tokenizer .*{expected} has fingerprint") as error:
+            check_tokenizer(manifest, name)
+        assert manifest.tokenizer_fingerprint[:12] in told(error)
+    other.save_pretrained(manifest.tokenizer_folder)
+    with pytest.raises(DataError, match="prepared/tokenizer has fingerprint"):
+        check_tokenizer(manifest)
+    Path(folder, "manifest.json").unlink()
+    with pytest.raises(DataError, match="prepared/tokenizer: has fingerprint"):
+        prepared(sources, folder)
+
+
+# ── through Ray Data ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_shards(
+    sources: list[SourceSpec], folder: str, tmp_path: Path, local_ray: None
+) -> None:
+    with pa.output_stream(str(tmp_path / "books" / "big.txt.gz"), compression="gzip") as stream:
+        stream.write("".join(f"line {i} of many\n" for i in range(120_000)).encode())
+    inline = prepared(sources, str(tmp_path / "inline"))
+    on_ray = prepared(sources, folder, backend="ray")
+    assert replace(on_ray, folder=inline.folder) == inline
+    assert same_folders(folder, inline.folder)
+    with pytest.raises(DataError) as error:  # a task's refusal is told in one line as well
+        prepared(sources, str(tmp_path / "refused"), backend="ray", undecodable="refuse")
+    assert "books/17.txt: not UTF-8 at byte 4" in told(error)

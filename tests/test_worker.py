@@ -1,0 +1,161 @@
+"""The loop, without Ray: resume anywhere, the plain path, what is recorded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipelines.ingest import FILLER, BatchMismatch, read_inline
+from pipelines.shards import Manifest
+from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray.checkpoint import committed, folder_name, load_full
+from tst_ray.model import build_model, hf_config
+from tst_ray.storage import Storage
+from tst_ray.worker import Place, micro_batches, seed_step, train
+
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tuple[Any, list[Any]]:
+    """An undisturbed run with a checkpoint after each step: its job and records."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = make_config(folder, manifest, checkpoint__every=1, checkpoint__keep=100)
+    job = make_job(config, manifest)
+    return job, run_inline(job)
+
+
+def final_weights(run: Storage) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    newest = committed(run / "checkpoints")[0]
+    tensors = FileSystemReader(newest.folder.path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in tensors.items()
+        if hasattr(entry, "size")
+    }
+    load_full(newest, state)
+    return state
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stopped_at", range(NUM_STEPS + 1))
+def test_a_run_stopped_after_any_step_ends_bit_equal(
+    tmp_path: Path, manifest: Manifest, whole: tuple[Any, list[Any]], stopped_at: int
+) -> None:
+    job, records = whole
+    run = Storage(str(tmp_path / "run"))
+    run.make()
+    for step in range(1, stopped_at + 1):
+        name = f"checkpoints/{folder_name(step)}"
+        shutil.copytree(Path(Storage(job.run_url).at(name)), run.at(name))
+    shutil.copy(Storage(job.run_url).at("metrics.jsonl"), run.at("metrics.jsonl"))
+    resumed = run_inline(make_job(job.config, manifest, run))
+    assert [r["step"] for r in resumed] == list(range(1, NUM_STEPS + 1))
+    for name in ("loss", "lr", "grad_norm", "data_digest", "data_tokens", "val_loss"):
+        assert [r.get(name) for r in resumed] == [r.get(name) for r in records], name
+    assert same(final_weights(run), final_weights(Storage(job.run_url)))
+
+
+def test_what_a_record_holds(whole: tuple[Any, list[Any]]) -> None:
+    job, records = whole
+    bag, plain = records[0], records[-1]
+    assert (bag["phase"], bag["bag_size"]) == (0, 4)
+    assert (plain["phase"], plain["bag_size"]) == (1, 1)
+    assert bag["data_tokens"] == 5 * 8 * 4
+    assert plain["data_tokens"] == 4 * 5 * 8 * 4 + 4 * 5 * 8
+    assert plain["latent_tokens"] == 8 * 5 * 8
+    assert [r["step"] for r in records if "val_loss" in r] == [4, 8]
+    for name in ("loss", "lr", "grad_norm", "world_size", "attempt", "step_time_s", "data_wait_s"):
+        assert name in bag, name
+    assert len({r["data_digest"] for r in records}) == NUM_STEPS
+    assert bag["loss"] == pytest.approx(np.log(97), rel=0.05)
+    assert plain["loss"] < bag["loss"]
+
+
+def test_events_tell_the_story(whole: tuple[Any, list[Any]]) -> None:
+    events = [event["event"] for event in Storage(whole[0].run_url).read_lines("events.jsonl")]
+    assert events[0] == "attempt"
+    assert events.count("phase_start") == 2
+    assert events.count("checkpoint") == NUM_STEPS
+
+
+def test_without_superposition_the_run_is_a_plain_loop(tmp_path: Path, manifest: Manifest) -> None:
+    """Bit for bit: the loop a reader would write with `transformers` alone."""
+    config = make_config(tmp_path, manifest, tst__bag_size=1, tst__ratio=0)
+    job = make_job(config, manifest)
+    records = run_inline(job)
+
+    torch.set_num_threads(1)
+    tiny = hf_config(config.model, vocab_size=97, eot_token=0)
+    model = build_model(tiny, seed=config.run.seed, device="cpu").hf_model
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+    for step, batch in enumerate(read_inline(job.feeds[0], 0)):
+        tokens = torch.from_numpy(batch["tokens"].astype(np.int64)).reshape(5, 9)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.reshape(-1, 97), tokens[:, 1:].reshape(-1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * job.plan.lr_multiplier(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert records[step]["loss"] == loss.item()
+        assert records[step]["grad_norm"] == norm.item()
+    trained = final_weights(Storage(job.run_url))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(trained[f"model.hf_model.{name}"], tensor), name
+
+
+def test_micro_batches_change_nothing_but_memory(tmp_path: Path, manifest: Manifest) -> None:
+    one = run_inline(make_job(make_config(tmp_path / "a", manifest), manifest))
+    two = run_inline(
+        make_job(make_config(tmp_path / "b", manifest, train__micro_batch_size=2), manifest)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_another_batch_than_planned_stops_the_run(tmp_path: Path, manifest: Manifest) -> None:
+    job = make_job(make_config(tmp_path, manifest), manifest)
+    with pytest.raises(BatchMismatch, match="plan says"):
+        train(job, Place(), lambda phase, step: read_inline(job.feeds[phase.index], step + 1))
+
+
+def test_micro_batches_are_as_many_on_every_rank() -> None:
+    slots = {3: [0, 1, 2], 2: [0, 1, FILLER], 0: [FILLER] * 3}
+    shapes = {}
+    for real, slot in slots.items():
+        batch = {"slot": np.array(slot), "tokens": np.arange(12).reshape(3, 4)}
+        shapes[real] = [(len(t), n) for t, n in micro_batches(batch, 2)]
+    assert shapes == {3: [(2, 2), (1, 1)], 2: [(2, 2), (1, 0)], 0: [(1, 0), (1, 0)]}
+
+
+def test_random_numbers_are_a_function_of_the_step() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        seed_step(seed, step, rank)
+        return torch.rand(()).item()
+
+    assert draw(0, 5, 1) == draw(0, 5, 1)
+    assert len({draw(0, 5, 1), draw(0, 5, 0), draw(0, 6, 1), draw(1, 5, 1)}) == 4

@@ -151,14 +151,10 @@ def find_files(spec: SourceSpec) -> Corpus:
 
 def _python_stdlib() -> tuple[str, list[TextFile]]:
     root = sysconfig.get_paths()["stdlib"]
-    outside = {"site-packages", "dist-packages", "__pycache__"}
-    files = [file for name in sorted(os.listdir(root)) if name not in outside
-             for file in _list(f"{root}/{name}", root)]  # fmt: skip
-    return root, [
-        file
-        for file in files
-        if file.path.endswith(".py") and outside.isdisjoint(file.path.split("/"))
-    ]
+    not_ours = {"site-packages", "dist-packages", "__pycache__"}
+    names = [name for name in sorted(os.listdir(root)) if name not in not_ours]
+    files = [file for name in names for file in _list(f"{root}/{name}", root)]
+    return root, [file for file in files if file.path.endswith(".py")]
 
 
 def _match(path: str) -> tuple[str, list[TextFile]]:

@@ -92,6 +92,8 @@ def test_model_spellings_mean_the_same() -> None:
     assert parse_config({"model": {"source": "demo-0.4m"}}) == named
     assert parse_config({"model": whole}) == named
     assert parse_config({"model": {"config": whole}}) == named
+    eager = parse_config({"model": {**whole, "attention": "eager"}}).model
+    assert (eager.config, eager.attention) == (whole, "eager")
 
 
 def test_model_fields_change_a_shipped_model() -> None:
@@ -239,7 +241,8 @@ REFUSED = [
     ("--data.sources=[{name: a}]", "data.sources[0].path: is not given; it is "),
     ("--phases=[{bag_size: 2}]", "phases[0].steps: is not given"),
     ("--phases=[]", "phases = []: must not be empty"),
-    ("--run.name=a/b", 'run.name = "a/b": '),
+    ("--run.name=a/b", 'run.name = "a/b": must start with a letter or digit'),
+    ("--model={model_type: llama, config: {hidden_size: 3}}", "model.model_type = "),
     ("--run.name=7", "run.name = 7: must be text, in quotes"),
     ("--cluster.workers=0", "cluster.workers = 0: must be at least 1 worker"),
     ("--cluster.workers=[4, 2]", "cluster.workers = [4, 2]: min is more than max; swap them"),
@@ -287,6 +290,7 @@ def test_each_refusal_is_one_line(override: str, says: str) -> None:
         (["--cluster.backend=inline", "--cluster.workers=2"], "cluster.backend=inline is one proc"),
         (["--cluster.backend=inline", "--tst.workers=2"], "tst.workers = 2: cluster.backend=inli"),
         (["--model.pretrained=true"], "model.pretrained = true: there are no weights"),
+        (["--model=paper-3b", "--model.pretrained=true"], "set model.source to a Hugging Face"),
         (["--model=a/b", "--model.pretrained=true"], 'data.tokenizer = "train": a pretrained'),
         (["--phases=[{bag_size: 2, steps: 5}]", "--tst.ratio=0.5"], "tst = {"),
         (["--phases=[{bag_size: 2, steps: 5}]", "--train.steps=6"], "the phases have 5 steps"),
@@ -379,7 +383,8 @@ def test_diff_lets_a_run_move_and_grow() -> None:
 def test_importing_the_config_brings_in_nothing_heavy() -> None:
     code = (
         "import sys, tst_ray.config; "
-        "print([m for m in ('torch', 'transformers', 'ray', 'pyarrow', 'numpy') if m in sys.modules])"
+        "heavy = 'torch', 'transformers', 'ray', 'pyarrow', 'numpy'; "
+        "print([module for module in heavy if module in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -51,7 +51,7 @@ def _model_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             path, "model.config is whole (it has model_type); set model to one of them", about
         )
-    if model.pretrained and (model.source is None or model.source in shipped_models()):
+    if model.pretrained and model.source is None:
         yield Problem(
             ("model", "pretrained"),
             "there are no weights to start from; set model.source to a Hugging Face folder or id",
@@ -108,15 +108,14 @@ def _phase_problems(config: Config) -> Iterator[Problem]:
                 f"the phases have {total} steps; set {total}, or leave it out",
                 (("phases",),),
             )
-    else:
-        share = round(config.tst.ratio * train.steps)
-        if config.tst.ratio > 0 and not 0 < share < train.steps:
-            yield Problem(
-                ("tst", "ratio"),
-                f"leaves a phase without steps, of train.steps = {train.steps}; "
-                "set more steps, or tst.ratio=0 for one phase",
-                (steps,),
-            )
+    elif config.tst.ratio > 0 and not 0 < round(config.tst.ratio * train.steps) < train.steps:
+        yield Problem(
+            ("tst", "ratio"),
+            f"leaves a phase without steps, of train.steps = {train.steps}; "
+            "set more steps, or tst.ratio=0 for one phase",
+            (steps,),
+        )
+        return
     for number, phase in enumerate(config.phase_settings()):
         where: SettingPath = ("tst",) if config.phases is None else ("phases", number)
         yield from _fold_problems(config, phase, where)

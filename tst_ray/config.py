@@ -287,6 +287,7 @@ _WRONG = {
     "finite_number": "must be finite",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must start with a letter or digit, and hold only those, . _ and -",
     "value_error": "{error}",
     "missing": "is not given",
 }

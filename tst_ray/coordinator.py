@@ -26,7 +26,9 @@ from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.order import Cut, Order, StreamSource
 from pipelines.shards import Manifest, verify_sizes
-from pipelines.tokenize import SourceSpec, prepare, prepared_folder
+from pipelines.corpus import SourceSpec
+from pipelines.tokenize import prepare, prepared_folder
+from pipelines.tokenizer import check_tokenizer
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError, UserError
@@ -77,6 +79,8 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     """
     if config.data.prepared:
         manifest = Manifest.load(config.data.prepared)
+        tokenizer = config.data.tokenizer
+        check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
     else:
         sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
@@ -195,6 +199,7 @@ class Coordinator:
 
     def _drive(self, run: Storage, train_stage: Callable[..., None], backend: str) -> Outcome:
         manifest = prepare_corpus(self.config, backend, self.say)
+        self._check_model(manifest)
         self._enter(State.PLAN)
         order = build_order(self.config, self.plan, manifest)
         feeds = build_feeds(self.plan, order, manifest)
@@ -252,6 +257,16 @@ class Coordinator:
             told = [event for event in read_events(run)[events_before:] if event.get("fatal")]
             message = told[-1]["error"] if told else _one_line(error)
             raise RunError(f"{run.url}: {message}") from error
+
+    def _check_model(self, manifest: Manifest) -> None:
+        """Refuse, before workers start, a model that cannot be trained or does not fit the text."""
+        from tst_ray.architecture import check_supported, hf_config
+
+        model = hf_config(
+            self.config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
+        )
+        longest = max(phase.latent_length for phase in self.plan.phases)
+        check_supported(model, latent_length=longest)
 
     def _announce(self, stage: tuple[Phase, ...], step: int) -> None:
         names = " and ".join(f"phase {phase.index + 1}" for phase in stage)

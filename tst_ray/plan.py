@@ -296,7 +296,7 @@ def memory_per_worker(
     sharded = world_size > 1 or compute_bytes == 2
     shard = math.ceil(shape.parameters / world_size)
     gathered = shape.root_parameters + 2 * shape.largest_block_parameters
-    accumulated = shape.parameters if rows > height and world_size > 1 else 0
+    accumulated = shape.parameters if rows > height else 0
     positions = height * phase.latent_length
     memory = {
         "parameters": 4 * shard,

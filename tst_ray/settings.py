@@ -92,8 +92,9 @@ def spell_out_model(value: Any) -> Any:
     """The model section's shorthands, a name or a Hugging Face configuration, as a mapping."""
     if isinstance(value, str):
         return {"source": value}
-    if isinstance(value, Mapping) and "model_type" in value:
-        return {"config": dict(value)}
+    if isinstance(value, Mapping) and "model_type" in value and "config" not in value:
+        own = {name: field for name, field in value.items() if name in ModelConfig.model_fields}
+        return {**own, "config": {k: v for k, v in value.items() if k not in own}}
     return value
 
 
@@ -142,8 +143,8 @@ class RunConfig(_Section):
 class ModelConfig(_Section):
     """A causal language model, by name or by its Hugging Face configuration.
 
-    Text alone is `source`; a mapping with `model_type` is `config`. The name of a shipped model
-    (tst_ray/configs/models/) is replaced by its configuration.
+    Text alone is `source`; in a mapping with `model_type`, what is no field here is `config`. The
+    name of a shipped model (tst_ray/configs/models/) is replaced by its configuration.
     """
 
     source: str | None = None
@@ -163,7 +164,7 @@ class ModelConfig(_Section):
         if not isinstance(config, Mapping) or "model_type" in config:
             return value
         source = value.get("source") or DEMO_MODEL
-        if source in shipped_models() and value.get("pretrained") is not True:
+        if source in shipped_models():
             return {**value, "source": None, "config": {**read_shipped_model(source), **config}}
         return {**value, "source": source}
 
@@ -226,7 +227,7 @@ class _Superposition(_Section):
     mode: Mode = "full"
     """whether inputs and targets are bags, or only one of them"""
     fold: Fold = "sequence"
-    """what bags cost: s times longer text sequences, s times as many, or fewer positions"""
+    """how bags are cut: from sequences s times as long, s times as many, or into fewer positions"""
     workers: Workers | None = None
     """workers of the phase, N or [min, max]; cluster.workers unless given"""
 
@@ -306,7 +307,7 @@ class ClusterConfig(_Section):
     backend: Literal["ray", "inline"] = "ray"
     """ray, or inline: this process is the only worker and Ray is not used"""
     workers: Workers = (1, 1)
-    """workers, N or [min, max]"""
+    """workers, N or [min, max]; 2, and 1 in phase one, unless given"""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray sets aside for a worker"""
     gpus_per_worker: float = Field(default=0.0, ge=0)

@@ -1,0 +1,217 @@
+"""Bad input ends with one clear line and exit status 1 or 2; nothing is overwritten.
+
+In process, without Ray: what is refused is refused before a worker group would start.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.manifest import Manifest
+from tests.test_runs import SETTINGS, write_text
+from tst_ray.cli import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "files")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A prepared folder of the text."""
+    cache = tmp_path_factory.mktemp("shards")
+    assert main(["prepare", *arguments(cache, text)]) == 0
+    (folder,) = [path.parent for path in cache.rglob("manifest.json")]
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path, shards: Path) -> Path:
+    """The prepared folder again, to be damaged."""
+    shutil.copytree(shards, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def arguments(storage: Path, text: Any, **changes: Any) -> list[str]:
+    settings: dict[str, Any] = {
+        **SETTINGS,
+        "data.sources": text,
+        "run.storage": storage,
+        "run.name": "bad",
+        "cluster.backend": "inline",
+        "cluster.workers": 1,
+        "train.steps": 4,
+        "tst.ratio": 0.5,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def prepared(folder: Path) -> dict[str, Any]:
+    return {"data__sources": None, "data__prepared": folder}
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int, args: list[str]) -> str:
+    """What a refused command says; it must be lines for people, in the given exit status."""
+    assert main(["run", *args]) == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.startswith("tst-ray: ")
+    return said
+
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("train.batch_size", 0, "train.batch_size = 0"),
+        ("train.batch_size", -4, "train.batch_size = -4"),
+        ("tst.ratio", 1.0, "tst.ratio = 1"),
+        ("tst.ratio", -0.1, "tst.ratio = -0.1"),
+        ("tst.weighting", "linear", "tst.weighting = linear"),
+        ("tst.bag_size", 0, "tst.bag_size = 0"),
+        ("train.stepz", 5, "train.steps"),
+        ("nonsense.field", 1, "nonsense"),
+        ("train.steps", "many", "train.steps = many"),
+    ],
+)
+def test_settings_out_of_range(
+    capsys: Capsys, tmp_path: Path, text: Path, field: str, value: Any, said: str
+) -> None:
+    args = [a for a in arguments(tmp_path, text) if not a.startswith(f"--{field}=")]
+    assert said in refused(capsys, 2, [*args, f"--{field}={value}"])
+    assert not (tmp_path / "bad").exists()
+
+
+def test_several_errors_come_at_once(capsys: Capsys, tmp_path: Path, text: Path) -> None:
+    args = arguments(tmp_path, text, train__batch_size=0, tst__ratio=2, tst__weighting="x")
+    said = refused(capsys, 2, args)
+    assert all(field in said for field in ("train.batch_size", "tst.ratio", "tst.weighting"))
+
+
+def test_a_missing_corpus(capsys: Capsys, tmp_path: Path) -> None:
+    assert "/nowhere" in refused(capsys, 1, arguments(tmp_path, "/nowhere"))
+
+
+def test_an_empty_corpus(capsys: Capsys, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, 1, arguments(tmp_path, tmp_path / "empty"))
+    (tmp_path / "empty" / "blank.txt").write_text("")
+    assert "empty" in refused(capsys, 1, arguments(tmp_path, tmp_path / "empty"))
+
+
+def test_text_that_does_not_decode(capsys: Capsys, tmp_path: Path, text: Path) -> None:
+    shutil.copytree(text, tmp_path / "text")
+    (tmp_path / "text" / "latin.txt").write_bytes("café\n".encode("latin-1") * 50)
+    said = refused(
+        capsys, 1, arguments(tmp_path / "a", tmp_path / "text", data__undecodable="refuse")
+    )
+    assert "latin.txt" in said
+    args = arguments(tmp_path / "b", tmp_path / "text")
+    assert main(["prepare", *args, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [source["skipped"] for source in facts["sources"].values()] == [1]
+
+
+def first_shard(folder: Path) -> Path:
+    manifest = Manifest.load(str(folder))
+    return folder / manifest.sources[0].train.shards[0].file
+
+
+def test_a_shard_cut_short(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
+    shard = first_shard(copied)
+    shard.write_bytes(shard.read_bytes()[:-10])
+    said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
+    assert shard.name in said and "bytes instead of" in said
+
+
+def test_an_altered_shard(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
+    shard = first_shard(copied)
+    content = bytearray(shard.read_bytes())
+    for position in range(200, 1_000):
+        content[position] ^= 0xFF
+    shard.write_bytes(bytes(content))
+    said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
+    assert shard.name in said
+
+
+def test_shards_of_another_tokenizer(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
+    path = copied / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"self"', '"itself"', 1).replace("Ġself", "Ġselv", 1))
+    said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
+    assert "fingerprint" in said and "tokenizer" in said
+
+
+def test_a_token_beyond_the_vocabulary(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["vocab_size"] = 270
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
+    assert "270" in said and "token" in said
+
+
+def test_sequences_longer_than_the_corpus(capsys: Capsys, tmp_path: Path, shards: Path) -> None:
+    changes = {
+        "train__sequence_length": 64,
+        "tst__bag_size": 4_096,
+        "train__batch_size": 1,
+        **prepared(shards),
+    }
+    said = refused(capsys, 1, arguments(tmp_path / "runs", None, **changes))
+    assert "fewer than one sequence of 266,240" in said
+
+
+def test_positions_beyond_the_model(capsys: Capsys, tmp_path: Path, shards: Path) -> None:
+    changes = {"train__sequence_length": 128, **prepared(shards)}
+    said = refused(capsys, 2, arguments(tmp_path / "runs", None, **changes))
+    assert "max_position_embeddings" in said and "128" in said
+
+
+def test_more_workers_than_this_machine_can_hold(
+    capsys: Capsys, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    changes = {"cluster__backend": "ray", "cluster__workers": 500, "train__batch_size": 1000}
+    said = refused(capsys, 2, arguments(tmp_path, text, **changes))
+    assert "cluster.workers = 500: needs 500 CPUs" in said
+
+
+def test_storage_that_cannot_be_written(capsys: Capsys, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "run.storage" in refused(capsys, 1, arguments(tmp_path / "file" / "runs", text))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_directory_of_another_config(capsys: Capsys, tmp_path: Path, shards: Path) -> None:
+    args = arguments(tmp_path, None, **prepared(shards))
+    assert main(["run", *args]) == 0
+    capsys.readouterr()
+    files = {p: p.read_bytes() for p in (tmp_path / "bad").rglob("*") if p.is_file()}
+    other = arguments(tmp_path, None, **prepared(shards), train__learning_rate=0.5)
+    said = refused(capsys, 2, other)
+    assert "train.learning_rate: run has 0.002, now 0.5" in said
+    for path, content in files.items():
+        if path.name != "driver.lock":
+            assert path.read_bytes() == content, path
+
+
+def test_an_address_without_a_cluster(
+    capsys: Capsys, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    said = refused(capsys, 1, arguments(tmp_path, text, cluster__backend="ray"))
+    assert "RAY_ADDRESS = 127.0.0.1:9" in said
+
+
+def test_no_run_to_export_or_show(capsys: Capsys, tmp_path: Path) -> None:
+    for command in ("export", "status"):
+        assert main([command, str(tmp_path)]) == 1
+        assert "not a run directory" in capsys.readouterr().err

@@ -1,0 +1,301 @@
+"""Whole runs on real Ray, as people start them: the command line, text in, a model folder out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 240.0
+STEPS, SWITCH = 24, 10
+SETTINGS = {
+    "model.config": (
+        "{model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, "
+        "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64, "
+        "tie_word_embeddings: false}"
+    ),
+    "data.vocab_size": 300,
+    "data.row_tokens": 512,
+    "data.shuffle_tokens": 4096,
+    "train.steps": STEPS,
+    "train.sequence_length": 16,
+    "train.batch_size": 7,
+    "train.threads": 1,
+    "tst.ratio": SWITCH / STEPS,
+    "tst.workers": 1,
+    "cluster.workers": 2,
+    "checkpoint.every": 4,
+    "metrics.val_every": 8,
+    "metrics.val_sequences": 8,
+}
+
+
+def write_text(folder: Path) -> Path:
+    """Some 120 kB of text in 40 files: the sources of a few modules of the standard library."""
+    folder.mkdir(parents=True)
+    for name in ("argparse", "ast", "json.decoder"):
+        module = __import__(name, fromlist=["x"])
+        lines = Path(module.__file__).read_text().splitlines(keepends=True)
+        for part in range(0, len(lines), 120):
+            (folder / f"{name}-{part:05d}.py").write_text("".join(lines[part : part + 120]))
+    return folder
+
+
+def command(storage: Path, text: Path, name: str, **changes: Any) -> list[str]:
+    settings = {**SETTINGS, "data.sources": text, "run.storage": storage, "run.name": name}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [
+        sys.executable, "-m", "tst_ray.run",
+        *(f"--{key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
+    with log.open("ab") as file:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file, env=env)
+
+
+def finish(arguments: list[str], log: Path, **environment: str) -> str:
+    process = start(arguments, log, **environment)
+    try:
+        status = process.wait(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    output = log.read_text()
+    assert status == 0, output[-3000:]
+    return output
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.05)
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / name
+    if not path.exists():
+        return []
+    complete = [line for line in path.read_text().split("\n")[:-1] if line]
+    return [json.loads(line) for line in complete]
+
+
+def last_step(run: Path) -> int:
+    records = lines(run, "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in lines(run, "events.jsonl") if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def text(place: Path) -> Path:
+    return write_text(place / "text")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, text: Path) -> tuple[Path, str]:
+    """A run from text to model, phase one on one worker, phase two on two; and its output."""
+    output = finish(command(place / "runs", text, "whole"), place / "whole.log")
+    return place / "runs" / "whole", output
+
+
+@pytest.mark.slow
+def test_from_text_to_a_model_on_two_cluster_sizes(undisturbed: tuple[Path, str]) -> None:
+    run, output = undisturbed
+    records = lines(run, "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["world_size"] for record in records] == [1] * SWITCH + [2] * (STEPS - SWITCH)
+    assert [record["bag_size"] for record in records] == [4] * SWITCH + [1] * (STEPS - SWITCH)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    (switch,) = events(run, "switch")
+    assert switch["step"] == SWITCH
+    assert len(events(run, "finish")) == 1
+    for said in ("tokeniz", "training phase 1 on 1 worker", "training phase 2 on 2 workers",
+                 "final validation loss", "tensorboard --logdir", str(run / "model"),
+                 str(run / "ray.log")):  # fmt: skip
+        assert said in output, said
+    assert "Traceback" not in output
+    assert "(raylet" not in output and "INFO worker.py" not in output
+
+
+@pytest.mark.slow
+def test_the_model_folder_is_plain_transformers(undisturbed: tuple[Path, str]) -> None:
+    """In a process without any of this project."""
+    run, _ = undisturbed
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"folder = {str(run / 'model')!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "ids = tokenizer('def parse(self):', return_tensors='pt').input_ids\n"
+        "assert torch.isfinite(model(ids).logits).all()\n"
+        "assert tokenizer.decode(ids[0]) == 'def parse(self):'\n"
+        "assert not any(name.startswith(('tst_ray', 'pipelines')) for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_curves_are_continuous(undisturbed: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(undisturbed[0] / "tensorboard"))
+    board.Reload()
+    steps = [point.step for point in board.Scalars("loss/train")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS
+    assert {point.value for point in board.Scalars("run/world_size")} == {1.0, 2.0}
+    assert "_hparams_/session_start_info" in board.summary_metadata
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", [5, 18])
+def test_a_killed_driver_resumes_as_if_nothing_had_been(
+    place: Path, text: Path, undisturbed: tuple[Path, str], killed_at: int
+) -> None:
+    """Killed in phase one, on one worker, and in phase two, on two."""
+    run = place / "runs" / f"killed-{killed_at}"
+    arguments = command(place / "runs", text, run.name)
+    log = place / f"killed-{killed_at}.log"
+    driver = start(arguments, log)
+    wait_until(
+        lambda: last_step(run) >= killed_at or driver.poll() is not None, f"step {killed_at}"
+    )
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    stopped_at = last_step(run)
+    finish(arguments, log)
+
+    whole = lines(undisturbed[0], "metrics.jsonl")
+    resumed = lines(run, "metrics.jsonl")
+    assert stopped_at >= killed_at
+    for name in ("step", "data_digest", "world_size", "loss", "grad_norm"):
+        assert [r[name] for r in resumed] == [r[name] for r in whole], name
+    assert resumed[-1]["val_loss"] == whole[-1]["val_loss"]
+
+
+@pytest.mark.slow
+def test_another_world_size_gives_the_same_losses(
+    place: Path, text: Path, undisturbed: tuple[Path, str]
+) -> None:
+    """Phase one on two workers, phase two on one; 7 sequences divide by neither."""
+    changed = command(place / "runs", text, "swapped", tst__workers=2, cluster__workers=1)
+    finish(changed, place / "swapped.log")
+    whole = lines(undisturbed[0], "metrics.jsonl")
+    swapped = lines(place / "runs" / "swapped", "metrics.jsonl")
+    assert [r["data_digest"] for r in swapped] == [r["data_digest"] for r in whole]
+    for a, b in zip(swapped, whole, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again(
+    place: Path, text: Path, undisturbed: tuple[Path, str]
+) -> None:
+    run = undisturbed[0]
+    before = (run / "metrics.jsonl").read_bytes()
+    output = finish(command(place / "runs", text, "whole"), place / "again.log")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert "training phase" not in output
+    assert "final validation loss" in output
+
+
+@pytest.fixture(scope="module")
+def ray_head(place: Path) -> Iterator[str]:
+    """A Ray head with its dashboard, as `ray start --head` makes it; the dashboard's address."""
+    import socket
+
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    head = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", f"--port={ports[0]}",
+         f"--dashboard-port={ports[1]}", "--num-cpus=4", "--block",
+         "--disable-usage-stats", f"--temp-dir={place / 'ray'}"],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        wait_until(lambda: _answers(address), "the dashboard")
+        yield address
+    finally:
+        head.terminate()
+        try:
+            head.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            head.kill()
+
+
+def _answers(address: str) -> bool:
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{address}/api/version", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (URLError, OSError):
+        return False
+
+
+@pytest.mark.slow
+def test_a_ray_job_runs_it(place: Path, text: Path, ray_head: str) -> None:
+    """`ray job submit --working-dir . -- python -m tst_ray.run`, with a config and overrides."""
+    config = place / "job.yaml"
+    config.write_text("run: {name: job}\ntrain: {steps: 6}\ntst: {ratio: 0.5}\n")
+    options = [
+        f"--{key}={value}"
+        for key, value in {
+            **SETTINGS, "data.sources": text, "run.storage": place / "runs",
+        }.items()
+        if key not in ("train.steps", "tst.ratio")
+    ]  # fmt: skip
+    submit = [
+        str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head,
+        "--working-dir", ".", "--", "python", "-m", "tst_ray.run", f"--config={config}", *options,
+    ]  # fmt: skip
+    output = finish(submit, place / "job.log")
+    assert "succeeded" in output
+    assert "final validation loss" in output
+    run = place / "runs" / "job"
+    assert [record["step"] for record in lines(run, "metrics.jsonl")] == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_has_are_refused_with_the_numbers(
+    place: Path, text: Path, ray_head: str
+) -> None:
+    import ray._private.services  # the head's address, as `ray start` tells its own node
+
+    (address,) = ray._private.services.find_gcs_addresses()
+    log = place / "refused.log"
+    process = start(
+        command(place / "runs", text, "refused", cluster__workers=5), log, RAY_ADDRESS=address
+    )
+    assert process.wait(timeout=PATIENCE_S) == 1
+    said = log.read_text()
+    assert "needs 5 x 1 CPU for the workers and 1 for Ray Data, 6 in all; the cluster has 4" in said
+    assert "Traceback" not in said

@@ -1,0 +1,393 @@
+"""Hugging Face configurations: read, checked and counted, without weights.
+
+    hf_config         the model section of a run → a transformers configuration
+    check_supported   refuses, by name, what the two losses would compute wrongly
+    describe          parameters and shapes, for the plan
+    anatomy           where a model keeps its embedding, blocks and output layer
+
+Training reaches into a model: it hands bags to the blocks in place of token embeddings, and takes
+the hidden states before the output layer so that logits need not exist whole. Whether that gives
+what the model itself computes is not taken on trust: `logit_scale` runs the model, with its blocks
+taken out and a small vocabulary, both ways.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tst_ray.errors import ConfigError
+from tst_ray.plan import ModelShape
+from tst_ray.superposition import embed_bags
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k")
+_SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_CHECK_VOCABULARY = 64
+
+
+class ModelSection(Protocol):
+    """What `hf_config` reads; `tst_ray.config.ModelConfig` has it."""
+
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def pretrained(self) -> bool: ...
+    @property
+    def attention(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal language model.
+
+    Attributes:
+        base: token ids or input embeddings → hidden states after the final norm.
+        embedding: the input table.
+        blocks: the transformer blocks; assigning an item replaces a block.
+        head: the output layer.
+    """
+
+    base: nn.Module
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    head: nn.Linear
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int | None) -> Any:
+    """The transformers configuration that a model section means.
+
+    From scratch, the vocabulary and the end-of-text token are the tokenizer's. A pretrained model
+    keeps its own vocabulary, which the tokenizer must fit into.
+
+    Args:
+        section: source, config, pretrained, attention.
+        vocab_size, eot_token: the tokenizer's; None where there is none yet (a dry run).
+
+    Raises:
+        ConfigError: the source or the model type is unknown, or the model is no decoder-only
+            causal language model.
+    """
+    config = _read(section)
+    _check_kind(config)
+    config._attn_implementation = section.attention
+    config.dtype = torch.float32
+    if section.pretrained:
+        if vocab_size is not None and vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer: has {vocab_size} tokens, more than the {config.vocab_size} that "
+                f"the pretrained model {section.source} knows; use that model's own tokenizer, "
+                f"data.tokenizer={section.source}"
+            )
+        return config
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    # a special token of another vocabulary may lie outside this one, and nothing is padded
+    config.bos_token_id = config.eos_token_id = eot_token
+    config.pad_token_id = None
+    return config
+
+
+def _read(section: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    changes = dict(section.config)
+    if section.source is not None:
+        try:
+            base = AutoConfig.from_pretrained(section.source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
+                f"be read ({_first_line(error)}); give a folder with config.json, an id, or "
+                "model.config"
+            ) from error
+        changes = {"model_type": base.model_type, **base.to_dict(), **changes}
+    if "model_type" not in changes:
+        raise ConfigError(
+            "model.config: has no model_type; give one, such as llama, or give model.source"
+        )
+    model_type = changes.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.config.model_type = {model_type!r}: transformers does not know it"
+            f"{_nearest(str(model_type), _model_types())}"
+        ) from error
+    _check_spelling(section.config, default)
+    try:
+        return AutoConfig.for_model(model_type, **changes)
+    except Exception as error:  # whatever a configuration class raises about its fields
+        raise ConfigError(f"model.config: {_first_line(error)}") from error
+
+
+def _model_types() -> list[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return list(CONFIG_MAPPING_NAMES)
+
+
+def _check_spelling(given: dict[str, Any], default: Any) -> None:
+    """Refuse a field that transformers would keep and ignore, where it looks like a known one.
+
+    Fields that look like none are left: real configurations carry many that one class ignores.
+    """
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in given:
+        near = "" if name in known or hasattr(default, name) else _nearest(name, known)
+        if near:
+            raise ConfigError(f"model.config.{name}: {default.model_type} has no such field{near}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_kind(config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"model: {kind} is an encoder-decoder; give a decoder-only model")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"model: transformers has no causal language model for {kind}; give another, "
+            "such as llama"
+        )
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ConfigError(f"model: {kind} does not read text alone; give a text-only model")
+
+
+# -- building without weights ------------------------------------------------------------------
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model on the meta device: shapes, no storage.
+
+    Raises:
+        ConfigError: the model's class refuses the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever a model class raises about its configuration
+        if "attention implementation" in str(error) or "attn_implementation" in str(error):
+            raise ConfigError(
+                f"model.attention = {config._attn_implementation!r}: transformers has none such "
+                f"for {config.model_type} here; set model.attention=eager"
+            ) from error
+        raise ConfigError(f"model.config: {_first_line(error)}") from error
+    return model
+
+
+def anatomy(model: Any) -> Anatomy:
+    """Find the parts of a causal language model.
+
+    Raises:
+        ConfigError: a part is missing or of a kind that training would compute wrongly.
+    """
+    name = type(model).__name__
+    base, head = model.base_model, model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    if base is model or not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"model: {name} has no plain embedding and output layer; give another model"
+        )
+    if type(embedding) is not nn.Embedding and not hasattr(embedding, "embed_scale"):
+        raise ConfigError(
+            f"model: {name} computes its embeddings in its own way ({type(embedding).__name__}), "
+            "which bags of tokens would miss; give another model"
+        )
+    if head.bias is not None:
+        raise ConfigError(
+            f"model: {name} has a bias in its output layer, which the chunked loss does not "
+            "compute; give another model"
+        )
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return Anatomy(base, embedding, module, head)
+    raise ConfigError(f"model: {name} keeps its blocks in no list; give another model")
+
+
+def embedding_scale(embedding: nn.Module) -> Tensor | float:
+    """What the embedding multiplies its table's rows with (Gemma: the root of the width)."""
+    scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
+    return scale
+
+
+# -- counting ----------------------------------------------------------------------------------
+
+
+def describe(config: Any) -> ModelShape:
+    """The plain facts about a model, counted on the meta device.
+
+    Of a mixture's experts, a token's share is `num_experts_per_tok` of `num_experts`.
+
+    Raises:
+        ConfigError: the model's class refuses the configuration.
+    """
+    model = empty_model(config)
+    parts = anatomy(model)
+    total = sum(p.numel() for p in model.parameters())
+    num_experts, top_k = experts(config)
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = in_experts - in_experts * top_k // num_experts if num_experts else 0
+    num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(num_heads, 1)
+    return ModelShape(
+        parameters=total,
+        active_parameters=total - idle,
+        embedding_parameters=parts.embedding.weight.numel(),
+        tied_embeddings=parts.embedding.weight is parts.head.weight,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=len(parts.blocks),
+        num_heads=num_heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        head_dim=int(head_dim) if num_heads else 0,
+        intermediate_size=_intermediate_size(config, top_k),
+        largest_block_parameters=max(
+            sum(p.numel() for p in block.parameters()) for block in parts.blocks
+        ),
+    )
+
+
+def experts(config: Any) -> tuple[int, int]:
+    """(experts of a mixture, how many of them a token visits); (0, 0) where it is none."""
+    return _first(config, _NUM_EXPERTS), _first(config, _TOP_K)
+
+
+def _intermediate_size(config: Any, top_k: int) -> int:
+    narrow = getattr(config, "moe_intermediate_size", None)
+    if narrow:
+        return int(narrow) * top_k
+    size = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return int(size or 4 * config.hidden_size) * max(top_k, 1)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), 0)
+
+
+# -- checking ----------------------------------------------------------------------------------
+
+
+def check_supported(config: Any, *, latent_length: int) -> None:
+    """Refuse, by name, a model that training would compute wrongly or not at all.
+
+    Args:
+        latent_length: positions of a sequence that the model sees.
+
+    Raises:
+        ConfigError: with the field, its value and what would do.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < latent_length:
+        raise ConfigError(
+            f"model.config.max_position_embeddings = {limit}: shorter than "
+            f"train.sequence_length = {latent_length}; raise it, or shorten the sequences to {limit}"
+        )
+    logit_scale(config)
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies `head(hidden states)` with to get its logits; mostly 1.
+
+    Found by running the model itself, without its blocks, against the paths that training takes.
+
+    Raises:
+        ConfigError: the model gets its logits or embeddings in a way that no factor explains.
+    """
+    model, parts = _blockless(config)
+    tokens = torch.arange(1, 9).reshape(2, 4)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+        hidden = parts.base(input_ids=tokens, use_cache=False).last_hidden_state
+        bags = embed_bags(parts.embedding.weight, tokens[..., None])
+        bags = bags * embedding_scale(parts.embedding)
+        try:
+            from_bags = parts.base(inputs_embeds=bags, use_cache=False).last_hidden_state
+        except TypeError as error:
+            raise ConfigError(
+                f"model: {type(model).__name__} takes no inputs_embeds; give another model"
+            ) from error
+        if not _close(from_bags, hidden):
+            raise ConfigError(
+                f"model: {type(model).__name__} treats token ids and their embeddings differently "
+                "(it scales or adds to them), which bags of tokens would miss; give another model"
+            )
+        for scale in _scales(model, config):
+            if _close(parts.head(hidden) * scale, logits):
+                return scale
+    for name in _SOFT_CAPS:
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"model.config.{name} = {getattr(config, name)}: the chunked loss does not cap "
+                "logits; set it to null, or give another model"
+            )
+    raise ConfigError(
+        f"model: {type(model).__name__} computes its logits from the hidden states in its own way, "
+        "which the chunked loss would miss; give another model"
+    )
+
+
+def _blockless(config: Any) -> tuple[Any, Anatomy]:
+    """A real, small model: the configuration's without blocks, with a few tokens and big weights.
+
+    Big weights, so that a soft cap or a scale shows.
+    """
+    config = copy.deepcopy(config)
+    config.vocab_size = _CHECK_VOCABULARY
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    config._attn_implementation = "eager"  # there is no attention left, and this one always exists
+    model: Any = empty_model(config)
+    parts = anatomy(model)
+    del parts.blocks[:]
+    with seeded(0):
+        model = model.to_empty(device="cpu")
+        model.init_weights()
+        for parameter in model.parameters():
+            nn.init.uniform_(parameter, -3, 3)
+    return model.eval(), parts
+
+
+def _scales(model: Any, config: Any) -> Iterator[float]:
+    """The factors that models are known to put on their logits (Cohere, Granite, Falcon-H1, …)."""
+    yield 1.0
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(config, name, None) or getattr(model, name, None)
+        if isinstance(value, int | float) and value:
+            yield float(value)
+            yield 1 / float(value)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside, and the caller's own untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

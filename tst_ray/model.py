@@ -1,0 +1,379 @@
+"""A Hugging Face causal language model that trains on bags of tokens or on tokens.
+
+    build_model        the same weights at every world size, sharded with FSDP2
+    SuperpositionLM    tokens → loss, in either phase
+
+`build_model(hf_config, *, pretrained, seed, device, precision, compile, activation_checkpointing,
+sharded)` returns a SuperpositionLM ready to train. It is collective: every rank calls it.
+
+`SuperpositionLM.forward(tokens, phase, *, num_real)` returns StepLoss(objective, loss,
+router_loss), three float32 scalars. `tokens` is int64
+    [n, L + 1, s]   bags in: bag j is the input of position j, bag j + 1 its target
+    [n, L + s]      tokens in, bags out (`output_only`): position j predicts the s tokens after it
+    [n, L + 1]      bag_size 1: plain next-token prediction; no superposition code runs
+and rows from `num_real` on are fillers: the passes happen, and they count exactly 0. `loss` is the
+sum over this micro-batch's targets divided by the targets of the *global* batch, so that summing it
+over micro-batches and ranks gives the mean, and summing gradients likewise. Call `.backward()` on
+`objective`, which is `loss` with a mixture's router loss; the other two are detached.
+
+Everything goes through `forward`, where FSDP gathers the root's parameters: the embedding, the
+final norm and the output layer are one group, which tied weights need.
+
+Shape suffixes: n sequences, L latent positions, s places of a bag, V vocabulary, d width,
+N = n·L, E experts.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from tst_ray.architecture import (
+    anatomy,
+    check_supported,
+    describe,
+    embedding_scale,
+    empty_model,
+    experts,
+    hf_config,
+    logit_scale,
+    seeded,
+)
+from tst_ray.errors import ConfigError
+from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
+from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
+
+__all__ = [
+    "StepLoss",
+    "SuperpositionLM",
+    "build_model",
+    "check_supported",
+    "describe",
+    "hf_config",
+]
+
+IGNORE = -100  # the label of what does not count
+
+
+class StepLoss(NamedTuple):
+    """What a forward pass gives; a tuple, so that FSDP finds the tensor that starts backward."""
+
+    objective: Tensor
+    loss: Tensor
+    router_loss: Tensor
+
+
+class SuperpositionLM(nn.Module):
+    """A causal language model with the losses of both phases; see the module's docstring.
+
+    Args:
+        hf_model: the transformers model.
+        scale: what its logits are multiplied with (`architecture.logit_scale`).
+
+    Attributes:
+        hf_model: the same; `hf_model.save_pretrained` writes it for anyone.
+        has_router: whether it is a mixture whose router loss is trained on.
+    """
+
+    def __init__(self, hf_model: Any, scale: float = 1.0) -> None:
+        super().__init__()
+        self.hf_model = hf_model
+        self._scale = scale
+        self._num_experts, self._top_k = experts(hf_model.config)
+        self._router_weight = float(getattr(hf_model.config, "router_aux_loss_coef", 0) or 0)
+        self.has_router = self._num_experts > 0 and self._router_weight > 0
+        # every token of a batch is text: none is padding, whose embedding would not train
+        anatomy(hf_model).embedding.padding_idx = None
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Tensor, phase: Phase | None, *, num_real: int | None = None
+    ) -> StepLoss:
+        """The loss of one micro-batch.
+
+        Args:
+            tokens: see the module's docstring.
+            phase: the phase it belongs to; None for evaluation, which takes [n, L + 1] and gives
+                the sum, not the mean, of the next-token losses.
+            num_real: rows that count; None for all.
+        """
+        num_real = len(tokens) if num_real is None else num_real
+        denominator = phase.num_sequences * phase.latent_length if phase else 1
+        with_router = self.has_router and phase is not None
+        if phase is None or phase.bag_size == 1:
+            hidden, routing = self._hidden(tokens[:, :-1], with_router)
+            total = self._next_token_loss(hidden, _ignore_fillers(tokens[:, 1:], num_real))
+        else:
+            inputs, targets = _inputs_and_targets(tokens, phase)
+            hidden, routing = self._hidden(inputs, with_router)
+            total = self._bag_loss(hidden, _ignore_fillers(targets, num_real), phase)
+        loss = total / denominator
+        if not routing:
+            return StepLoss(loss, loss.detach(), torch.zeros_like(loss))
+        router_loss = self._router_loss(routing, num_real * hidden.shape[1], denominator)
+        return StepLoss(
+            loss + self._router_weight * router_loss, loss.detach(), router_loss.detach()
+        )
+
+    @torch.no_grad()
+    def next_token_loss(self, tokens: Tensor, *, num_real: int | None = None) -> Tensor:
+        """The sum of the next-token losses of [n, L + 1] tokens, for evaluation; collective."""
+        training = self.training
+        self.eval()
+        loss: Tensor = self(tokens, None, num_real=num_real).loss
+        self.train(training)
+        return loss
+
+    def _hidden(self, inputs: Tensor, with_router: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states [n, L, d] of token ids [n, L] or bags [n, L, s], and router logits."""
+        options = {"output_router_logits": True} if with_router else {}
+        base = self.hf_model.base_model
+        if inputs.dim() == 2:
+            out = base(input_ids=inputs, use_cache=False, **options)
+        else:
+            embedding = self.hf_model.get_input_embeddings()
+            bags_nLd = embed_bags(embedding.weight, inputs)
+            scale = embedding_scale(embedding)
+            if isinstance(scale, Tensor) or scale != 1:
+                bags_nLd = bags_nLd * scale
+            out = base(inputs_embeds=bags_nLd, use_cache=False, **options)
+        return out.last_hidden_state, out.router_logits if with_router else ()
+
+    # -- losses, each summed over its targets ------------------------------------------------------
+
+    def _next_token_loss(self, hidden_nLd: Tensor, labels_nL: Tensor) -> Tensor:
+        """Σ cross-entropy, exactly as transformers computes it; in chunks where that is too big."""
+        head = self.hf_model.get_output_embeddings()
+        num_logits = labels_nL.numel() * head.weight.shape[0]
+        if num_logits * 4 <= WHOLE_LOGITS_BYTES:
+            return self._cross_entropy(hidden_nLd, labels_nL)
+        hidden_Nd, labels_N = hidden_nLd.flatten(0, 1), labels_nL.flatten()
+        rows = max(1, WHOLE_LOGITS_BYTES // 2 // (4 * head.weight.shape[0]))
+        pieces = zip(hidden_Nd.split(rows), labels_N.split(rows), strict=True)
+        losses = [checkpoint(self._cross_entropy, *piece, use_reentrant=False) for piece in pieces]
+        return torch.stack(losses).sum()
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.hf_model.get_output_embeddings()(hidden)
+        if self._scale != 1:
+            logits = logits * self._scale
+        logits_NV = logits.float().view(-1, logits.shape[-1])
+        return F.cross_entropy(logits_NV, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
+
+    def _bag_loss(self, hidden_nLd: Tensor, targets_nLs: Tensor, phase: Phase) -> Tensor:
+        """Σ over positions of the multi-hot cross-entropy."""
+        if self._scale != 1:
+            hidden_nLd = hidden_nLd * self._scale
+        targets_Ns = targets_nLs.flatten(0, 1)
+        return linear_multi_hot_cross_entropy(
+            hidden_nLd.flatten(0, 1),
+            self.hf_model.get_output_embeddings().weight,
+            targets_Ns,
+            _place_weights(phase.weighting, targets_Ns.shape[1], targets_Ns.device),
+            IGNORE,
+            loss="mce_alt" if phase.loss == "mce_alt" else "mce",
+            reduction="sum",
+        )
+
+    def _router_loss(self, routing: tuple[Tensor, ...], num_real: int, denominator: int) -> Tensor:
+        """The load-balancing loss (Switch Transformer, equations 4–6), over the global batch.
+
+        E·Σ_e f_e·P_e, with f_e the tokens sent to expert e and P_e its mean probability, over all
+        layers. f has no gradient, so it is summed over the ranks, and each rank's share of the loss
+        is then linear in its own rows: the sum does not depend on the world size.
+
+        Args:
+            routing: each layer's router logits [N, E]; its first `num_real` rows count.
+            denominator: positions of the global batch.
+        """
+        probs = [logits[:num_real].softmax(dim=-1) for logits in routing]
+        prob_sum_E = torch.stack([p.float().sum(dim=0) for p in probs]).sum(dim=0)
+        with torch.no_grad():
+            chosen = torch.cat([p.topk(self._top_k, dim=-1).indices.flatten() for p in probs])
+            counts_E = torch.bincount(chosen, minlength=self._num_experts).float()
+            if isinstance(self, FSDPModule):
+                dist.all_reduce(counts_E)
+            share_E = counts_E * (self._top_k / counts_E.sum().clamp(min=1))
+        return torch.sum(share_E * (prob_sum_E / (len(routing) * denominator))) * self._num_experts
+
+    # -- gradient accumulation -------------------------------------------------------------------
+
+    def set_last_micro_batch(self, is_last: bool) -> None:
+        """Say, before its forward, whether a micro-batch is the step's last: only then gradients
+        are reduced over the ranks."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(is_last)
+            self.set_is_last_backward(is_last)
+
+
+def _inputs_and_targets(tokens: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:
+    """What goes in, [n, L] or [n, L, s], and the labels [n, L, places] of each position."""
+    if phase.mode == "output_only":
+        windows = tokens[:, 1:].unfold(1, phase.bag_size, 1)
+        return tokens[:, : windows.shape[1]], windows
+    targets = tokens[:, 1:]
+    return tokens[:, :-1], targets[..., :1] if phase.mode == "input_only" else targets
+
+
+def _ignore_fillers(labels: Tensor, num_real: int) -> Tensor:
+    if num_real == len(labels):
+        return labels
+    labels = labels.clone()
+    labels[num_real:] = IGNORE
+    return labels
+
+
+@lru_cache(maxsize=64)
+def _place_weights(weighting: str, s: int, device: torch.device) -> Tensor:
+    return bag_weights(weighting, s).to(device)
+
+
+# -- building ------------------------------------------------------------------------------------
+
+
+def build_model(
+    hf_config: Any,
+    *,
+    pretrained: str | None = None,
+    seed: int,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    sharded: bool = True,
+) -> SuperpositionLM:
+    """Build a model, ready to train, with the same weights at every world size.
+
+    Rank 0 makes the weights on its CPU, float32; the others receive their shards of them. One
+    process in float32 trains a plain module, without FSDP.
+
+    Args:
+        hf_config: from `architecture.hf_config`.
+        pretrained: a Hugging Face folder or id whose weights to start from; None starts from seed.
+        seed: of the weights.
+        device: where to train.
+        precision: `float32`, or `bfloat16` for forward and backward with float32 weights,
+            reductions and optimizer.
+        compile: torch.compile each block.
+        activation_checkpointing: recompute each block's activations in the backward pass.
+        sharded: False builds a plain float32 module in this process alone, whatever the group.
+
+    Raises:
+        ConfigError: the model cannot be trained this way; on every rank alike.
+    """
+    device = torch.device(device)
+    group = sharded and _join_group(precision)
+    creates = not group or dist.get_rank() == 0
+    scale = logit_scale(hf_config)
+    hf_model, problem = None, None
+    try:
+        hf_model = _create(hf_config, pretrained, seed) if creates else empty_model(hf_config)
+    except ConfigError as error:
+        problem = str(error)
+    if group:
+        problem = _first_problem(problem)
+    if problem:
+        raise ConfigError(problem)
+    model = SuperpositionLM(hf_model, scale).train()
+    weights = model.state_dict() if creates else {}
+    _prepare_blocks(model, activation_checkpointing, compile)
+    if not group:
+        return model.to(device)
+    _shard(model, device, precision)
+    _distribute(model, weights, device)
+    return model
+
+
+def _join_group(precision: str) -> bool:
+    """Whether FSDP wraps the model: over several ranks, or for its mixed precision over one."""
+    if dist.is_initialized():
+        return dist.get_world_size() > 1 or precision != "float32"
+    if precision != "float32":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return True
+    return False
+
+
+def _create(config: Any, pretrained: str | None, seed: int) -> Any:
+    """The whole model on the CPU, float32."""
+    from transformers import AutoModelForCausalLM
+
+    if pretrained is None:
+        with seeded(seed):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            pretrained, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ConfigError(
+            f"model.source = {pretrained!r}: its weights do not load: {reason}"
+        ) from error
+    absent = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
+    if absent:
+        raise ConfigError(
+            f"model.source = {pretrained!r}: {len(absent)} of the model's weights are missing or "
+            f"of another shape there, {absent[0]} the first; remove the changes in model.config"
+        )
+    return model
+
+
+def _first_problem(mine: str | None) -> str | None:
+    """The first rank's problem, on every rank, so that none waits for one that has failed."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    return next((problem for problem in problems if problem), None)
+
+
+def _prepare_blocks(model: SuperpositionLM, activation_checkpointing: bool, compile: bool) -> None:
+    """Checkpoint, then compile, each block, in the order that FSDP then wraps."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    blocks = anatomy(model.hf_model).blocks
+    for index in range(len(blocks)):
+        if activation_checkpointing:
+            blocks[index] = checkpoint_wrapper(blocks[index])
+        if compile:
+            blocks[index].compile()
+
+
+def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None:
+    """Shard each block, then the rest, over all ranks. Gradients are summed, not averaged: the
+    loss is already divided by the global number of targets."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*anatomy(model.hf_model).blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def _distribute(model: SuperpositionLM, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Give every rank its shards of rank 0's weights, and rank 0's buffers."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    parts = anatomy(model.hf_model)
+    tied = parts.head.weight is parts.embedding.weight
+    if dist.get_rank() > 0:
+        model.to_empty(device=device)
+        if tied:
+            parts.head.weight = parts.embedding.weight
+    set_model_state_dict(
+        model,
+        weights,
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    for buffer in model.buffers():  # those that no state dict holds too: rotary frequencies
+        dist.broadcast(buffer, src=0)

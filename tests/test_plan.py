@@ -286,3 +286,39 @@ def test_logits_never_outgrow_their_bound() -> None:
     plan = build_plan(config)
     shape = replace(SHAPE, vocab_size=128_256)
     assert memory_per_worker(shape, plan, plan.phases[0], 8, config.train)["logits"] == 2**30
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(precision: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = load_config(None, ["--train.batch_size=8", f"--train.precision={precision}"])
+    plan = build_plan(config)
+    dtype = getattr(torch, precision)
+    model = AutoModel.from_config(AutoConfig.for_model(**config.model.config)).to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    inputs_BLd = torch.randn(8, 64, 96, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs_embeds=inputs_BLd, use_cache=False)
+    measured = sum(
+        tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights
+    )
+    shape = replace(
+        SHAPE,
+        vocab_size=1024,
+        hidden_size=96,
+        num_layers=2,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=32,
+        intermediate_size=256,
+    )
+    estimate = memory_per_worker(shape, plan, plan.phases[0], 1, config.train)["activations"]
+    assert estimate == pytest.approx(measured, rel=0.1)

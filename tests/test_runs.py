@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 240.0
+OPEN = {"RAY_AUTH_MODE": "disabled"}  # a head on the loopback interface needs no token
 STEPS, SWITCH = 24, 10
 SETTINGS = {
     "model.config": (
@@ -25,6 +27,7 @@ SETTINGS = {
     ),
     "data.vocab_size": 300,
     "data.row_tokens": 512,
+    "data.validation_share": 0.1,
     "data.shuffle_tokens": 4096,
     "train.steps": STEPS,
     "train.sequence_length": 16,
@@ -222,10 +225,12 @@ def test_a_finished_run_is_not_trained_again(
 
 
 @pytest.fixture(scope="module")
-def ray_head(place: Path) -> Iterator[str]:
-    """A Ray head with its dashboard, as `ray start --head` makes it; the dashboard's address."""
+def ray_head(place: Path) -> Iterator[tuple[str, str]]:
+    """A Ray head with its dashboard, as `ray start --head` makes it: the addresses of both."""
     import socket
+    import tempfile
 
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: Ray puts sockets there
     ports = []
     for _ in range(2):
         with socket.socket() as free:
@@ -234,35 +239,39 @@ def ray_head(place: Path) -> Iterator[str]:
     head = subprocess.Popen(
         [Path(sys.executable).parent / "ray", "start", "--head", f"--port={ports[0]}",
          f"--dashboard-port={ports[1]}", "--num-cpus=4", "--block",
-         "--disable-usage-stats", f"--temp-dir={place / 'ray'}"],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+         "--disable-usage-stats", f"--temp-dir={folder}"],
+        env=os.environ | OPEN | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=(place / "head.log").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     address = f"http://127.0.0.1:{ports[1]}"
+    gcs = f"127.0.0.1:{ports[0]}"
     try:
-        wait_until(lambda: _answers(address), "the dashboard")
-        yield address
+        wait_until(lambda: _answers(address), f"the dashboard; see {place}/head.log")
+        yield address, gcs
     finally:
         head.terminate()
         try:
             head.wait(timeout=60)
         except subprocess.TimeoutExpired:
             head.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(address: str) -> bool:
-    from urllib.error import URLError
+    from urllib.error import HTTPError
     from urllib.request import urlopen
 
     try:
-        with urlopen(f"{address}/api/version", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (URLError, OSError):
+        urlopen(f"{address}/api/version", timeout=5).close()
+    except HTTPError:
+        return True  # it wants a token, which `ray job submit` knows
+    except OSError:
         return False
+    return True
 
 
 @pytest.mark.slow
-def test_a_ray_job_runs_it(place: Path, text: Path, ray_head: str) -> None:
+def test_a_ray_job_runs_it(place: Path, text: Path, ray_head: tuple[str, str]) -> None:
     """`ray job submit --working-dir . -- python -m tst_ray.run`, with a config and overrides."""
     config = place / "job.yaml"
     config.write_text("run: {name: job}\ntrain: {steps: 6}\ntst: {ratio: 0.5}\n")
@@ -274,10 +283,10 @@ def test_a_ray_job_runs_it(place: Path, text: Path, ray_head: str) -> None:
         if key not in ("train.steps", "tst.ratio")
     ]  # fmt: skip
     submit = [
-        str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head,
+        str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head[0],
         "--working-dir", ".", "--", "python", "-m", "tst_ray.run", f"--config={config}", *options,
     ]  # fmt: skip
-    output = finish(submit, place / "job.log")
+    output = finish(submit, place / "job.log", **OPEN)
     assert "succeeded" in output
     assert "final validation loss" in output
     run = place / "runs" / "job"
@@ -286,14 +295,14 @@ def test_a_ray_job_runs_it(place: Path, text: Path, ray_head: str) -> None:
 
 @pytest.mark.slow
 def test_more_workers_than_the_cluster_has_are_refused_with_the_numbers(
-    place: Path, text: Path, ray_head: str
+    place: Path, text: Path, ray_head: tuple[str, str]
 ) -> None:
-    import ray._private.services  # the head's address, as `ray start` tells its own node
-
-    (address,) = ray._private.services.find_gcs_addresses()
     log = place / "refused.log"
     process = start(
-        command(place / "runs", text, "refused", cluster__workers=5), log, RAY_ADDRESS=address
+        command(place / "runs", text, "refused", cluster__workers=5),
+        log,
+        RAY_ADDRESS=ray_head[1],
+        **OPEN,
     )
     assert process.wait(timeout=PATIENCE_S) == 1
     said = log.read_text()

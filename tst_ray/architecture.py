@@ -110,7 +110,7 @@ def _read(section: ModelSection) -> Any:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
-                f"be read ({_first_line(error)}); give a folder with config.json, an id, or "
+                f"be read ({first_line(error)}); give a folder with config.json, an id, or "
                 "model.config"
             ) from error
         changes = {"model_type": base.model_type, **base.to_dict(), **changes}
@@ -130,7 +130,7 @@ def _read(section: ModelSection) -> Any:
     try:
         return AutoConfig.for_model(model_type, **changes)
     except Exception as error:  # whatever a configuration class raises about its fields
-        raise ConfigError(f"model.config: {_first_line(error)}") from error
+        raise ConfigError(f"model.config: {first_line(error)}") from error
 
 
 def _model_types() -> list[str]:
@@ -171,11 +171,14 @@ def _check_kind(config: Any) -> None:
         raise ConfigError(f"model: {kind} does not read text alone; give a text-only model")
 
 
-# -- building without weights ------------------------------------------------------------------
+# -- parts -------------------------------------------------------------------------------------
 
 
-def empty_model(config: Any) -> nn.Module:
-    """The model on the meta device: shapes, no storage.
+def make_model(config: Any, device: str) -> Any:
+    """The model that a configuration describes, float32, with random weights.
+
+    Args:
+        device: `cpu`, or `meta` for shapes without storage.
 
     Raises:
         ConfigError: the model's class refuses the configuration.
@@ -183,16 +186,23 @@ def empty_model(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever a model class raises about its configuration
-        if "attention implementation" in str(error) or "attn_implementation" in str(error):
+        if "attention implementation" in str(error) or isinstance(error, ImportError):
             raise ConfigError(
-                f"model.attention = {config._attn_implementation!r}: transformers has none such "
-                f"for {config.model_type} here; set model.attention=eager"
+                f"model.attention = {config._attn_implementation!r}: not to be had for "
+                f"{config.model_type} on this machine; set model.attention=eager"
             ) from error
-        raise ConfigError(f"model.config: {_first_line(error)}") from error
-    return model
+        raise ConfigError(f"model.config: {first_line(error)}") from error
+
+
+def _outline(config: Any) -> Any:
+    """The model on the meta device, whether or not this machine has its attention's kernels."""
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "sdpa"
+    return make_model(config, "meta")
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -241,7 +251,7 @@ def describe(config: Any) -> ModelShape:
     Raises:
         ConfigError: the model's class refuses the configuration.
     """
-    model = empty_model(config)
+    model = _outline(config)
     parts = anatomy(model)
     total = sum(p.numel() for p in model.parameters())
     num_experts, top_k = experts(config)
@@ -301,9 +311,10 @@ def check_supported(config: Any, *, latent_length: int) -> None:
     if isinstance(limit, int) and limit < latent_length:
         raise ConfigError(
             f"model.config.max_position_embeddings = {limit}: shorter than "
-            f"train.sequence_length = {latent_length}; raise it, or shorten the sequences to {limit}"
+            f"train.sequence_length = {latent_length}; raise the one or lower the other"
         )
     logit_scale(config)
+    _outline(config)
 
 
 def logit_scale(config: Any) -> float:
@@ -318,16 +329,17 @@ def logit_scale(config: Any) -> float:
     tokens = torch.arange(1, 9).reshape(2, 4)
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits
-        hidden = parts.base(input_ids=tokens, use_cache=False).last_hidden_state
         bags = embed_bags(parts.embedding.weight, tokens[..., None])
         bags = bags * embedding_scale(parts.embedding)
+        from_tokens = _stations(parts.base, input_ids=tokens)
         try:
-            from_bags = parts.base(inputs_embeds=bags, use_cache=False).last_hidden_state
+            from_bags = _stations(parts.base, inputs_embeds=bags)
         except TypeError as error:
             raise ConfigError(
                 f"model: {type(model).__name__} takes no inputs_embeds; give another model"
             ) from error
-        if not _close(from_bags, hidden):
+        hidden = from_tokens[-1]
+        if len(from_bags) != len(from_tokens) or not all(map(_close, from_bags, from_tokens)):
             raise ConfigError(
                 f"model: {type(model).__name__} treats token ids and their embeddings differently "
                 "(it scales or adds to them), which bags of tokens would miss; give another model"
@@ -355,8 +367,10 @@ def _blockless(config: Any) -> tuple[Any, Anatomy]:
     config = copy.deepcopy(config)
     config.vocab_size = _CHECK_VOCABULARY
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # without blocks there are none
     config._attn_implementation = "eager"  # there is no attention left, and this one always exists
-    model: Any = empty_model(config)
+    model = make_model(config, "meta")
     parts = anatomy(model)
     del parts.blocks[:]
     with seeded(0):
@@ -365,6 +379,24 @@ def _blockless(config: Any) -> tuple[Any, Anatomy]:
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -3, 3)
     return model.eval(), parts
+
+
+def _stations(base: nn.Module, **inputs: Tensor) -> list[Tensor]:
+    """What each module of `base` is given, in order, and the last hidden states.
+
+    The last alone would not do: a norm before them hides a factor.
+    """
+    stations: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            stations.append(args[0])
+
+    hooks = [m.register_forward_pre_hook(note) for m in base.modules() if m is not base]
+    stations.append(base(**inputs, use_cache=False).last_hidden_state)
+    for hook in hooks:
+        hook.remove()
+    return stations
 
 
 def _scales(model: Any, config: Any) -> Iterator[float]:
@@ -389,5 +421,5 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -25,7 +25,7 @@ from typing import Any
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.order import Cut, Order, StreamSource
-from pipelines.shards import Manifest, verify_sizes
+from pipelines.manifest import Manifest, verify_checksums, verify_sizes
 from pipelines.corpus import SourceSpec
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
@@ -39,6 +39,7 @@ from tst_ray.session import check_capacity, ray_session, worker_resources
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
+_VERIFY_WHOLE_BYTES = 1 << 30  # a corpus of up to this size is checksummed before each start
 
 
 class State(enum.Enum):
@@ -84,7 +85,13 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     else:
         sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
-    verify_sizes(manifest)
+    num_bytes = sum(shard.bytes for shard in manifest.shards())
+    if num_bytes <= _VERIFY_WHOLE_BYTES:
+        verify_checksums(manifest)
+    else:  # every row's checksum is verified when it is read
+        verify_sizes(manifest)
+    if not any(source.validation.tokens for source in manifest.sources):
+        say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest
 
 
@@ -125,15 +132,20 @@ def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any]
 
 
 def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
-    """The order of the run over these shards."""
-    by_name = {spec.name: spec.weight for spec in config.data.sources if spec.weight is not None}
-    weights = [by_name.get(source.name) for source in manifest.sources]
+    """The order of the run over these shards.
+
+    Sources are mixed by their weights; without any, all are read at the same pace, so that each has
+    seen as many epochs as the others.
+    """
+    given = [source.weight for source in config.data.sources]
+    weighted = bool(given) and None not in given
     sources = tuple(
-        # Without weights every source is read at the same pace: as many epochs of each.
-        StreamSource(source.name, source.train.tokens, weight or float(source.train.tokens))
-        if None in weights
-        else StreamSource(source.name, source.train.tokens, weight or 0.0)
-        for source, weight in zip(manifest.sources, weights, strict=True)
+        StreamSource(
+            source.name,
+            source.train.tokens,
+            float(given[number] or 0) if weighted else float(source.train.tokens),
+        )
+        for number, source in enumerate(manifest.sources)
     )
     cuts = tuple(
         Cut(
@@ -303,7 +315,7 @@ class Coordinator:
         if not any(event["event"] == "finish" for event in read_events(run)):
             write_hparams(run, self.config.dump(), final)
             add_event(run, "finish", **final)
-        update_state(run, status="finished", step=self.plan.total_steps, **final)
+        update_state(run, status="finished", **final)
         self._enter(State.FINISHED)
         return Outcome(run, self.plan, last, val_loss, folder.url, tuple(samples))
 

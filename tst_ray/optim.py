@@ -64,7 +64,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
     norms = torch.stack(torch._foreach_norm(local))
-    norm = torch.linalg.vector_norm(norms.float())
+    norm: Tensor = torch.linalg.vector_norm(norms.float())
     if any(isinstance(g, DTensor) for g in grads):
         square = norm.square()
         dist.all_reduce(square)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
+_CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,34 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         )
+    else:
+        _check_address(os.environ["RAY_ADDRESS"])
     try:
         context = ray.init(**options)
     except ConnectionError as error:
-        raise RunError(
-            f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; start "
-            "one, or unset it to run on this machine"
-        ) from error
+        raise _no_cluster(os.environ.get("RAY_ADDRESS")) from error
     try:
         yield Session(is_local, os.path.join(context.address_info["session_dir"], "logs"))
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # `auto`, or a scheme of Ray's own
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str | None) -> RunError:
+    return RunError(
+        f"RAY_ADDRESS = {address}: no Ray cluster answers there; start one, or unset it to run on "
+        "this machine"
+    )
 
 
 def check_capacity(config: Config, plan: Plan, say: Callable[[str], None]) -> None:

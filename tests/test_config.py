@@ -255,10 +255,10 @@ REFUSED = [
     ("--fault.x=3", "fault.x = 3: no such field; fault has max_failures"),
     ("--phases=[{bag_size: 1, stepz: 2, steps: 2}]", "did you mean phases[0].steps?"),
     # several fields
-    ("--tst.ratio=0.0001", "tst.ratio = 0.0001: leaves a phase without steps"),
+    ("--tst.ratio=0.00005", "tst.ratio = 5e-05: leaves a phase without steps"),
     ("--tst.ratio=0.99999", "tst.ratio = 0.99999: leaves a phase without steps"),
-    ("--train.warmup=4400", "train.warmup = 4400: 4400 steps of warm-up and 450 of decay are more"),
-    ("--train.decay=4500", "225 steps of warm-up and 4500 of decay are more than"),
+    ("--train.warmup=5900", "train.warmup = 5900: 5900 steps of warm-up and 600 of decay are more"),
+    ("--train.decay=6000", "300 steps of warm-up and 6000 of decay are more than"),
     ("--cluster.workers=17", "cluster.workers = 17: at least 17 workers share 16 sequences a step"),
     ("--tst.workers=[17, 18]", "tst.workers = [17, 18]: at least 17 workers share 16 sequences"),
     ("--cluster.gpus_per_worker=0.5", "cluster.gpus_per_worker = 0.5: a worker trains on one GPU"),
@@ -309,7 +309,7 @@ def test_settings_that_look_alike_but_work_are_taken() -> None:
     load_config(None, ["--tst.fold=batch", "--tst.bag_size=6", "--tst.mode=output_only"])
     load_config(None, ["--cluster.workers=[16, 99]"])
     load_config(None, ["--tst.fold=batch", "--tst.workers=64"])  # bags make 64 sequences of 16
-    load_config(None, ["--train.warmup=0", "--train.decay=4500"])
+    load_config(None, ["--train.warmup=0", "--train.decay=6000"])
     load_config(None, ["--tst.bag_size=1"])
 
 
@@ -320,7 +320,7 @@ def test_everything_wrong_is_reported_at_once() -> None:
         "--train.lr=3",
         "nonsense",
         "--cluster.gpus_per_worker=2",
-        "--train.warmup=5000",
+        "--train.warmup=5900",
     )
     starts = ["nonsense:", "tst.weighting =", "train.batch_size =", "train.lr =",
               "cluster.gpus_per_worker =", "train.warmup ="]  # fmt: skip

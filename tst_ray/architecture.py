@@ -110,7 +110,7 @@ def _read(section: ModelSection) -> Any:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
-                f"be read ({first_line(error)}); give a folder with config.json, an id, or "
+                f"be read ({one_line(error)}); give a folder with config.json, an id, or "
                 "model.config"
             ) from error
         changes = {"model_type": base.model_type, **base.to_dict(), **changes}
@@ -130,7 +130,7 @@ def _read(section: ModelSection) -> Any:
     try:
         return AutoConfig.for_model(model_type, **changes)
     except Exception as error:  # whatever a configuration class raises about its fields
-        raise ConfigError(f"model.config: {first_line(error)}") from error
+        raise ConfigError(f"model.config: {one_line(error)}") from error
 
 
 def _model_types() -> list[str]:
@@ -194,7 +194,7 @@ def make_model(config: Any, device: str) -> Any:
                 f"model.attention = {config._attn_implementation!r}: not to be had for "
                 f"{config.model_type} on this machine; set model.attention=eager"
             ) from error
-        raise ConfigError(f"model.config: {first_line(error)}") from error
+        raise ConfigError(f"model.config: {one_line(error)}") from error
 
 
 def _outline(config: Any) -> Any:
@@ -317,6 +317,7 @@ def check_supported(config: Any, *, latent_length: int) -> None:
     _outline(config)
 
 
+@torch.no_grad()
 def logit_scale(config: Any) -> float:
     """What the model multiplies `head(hidden states)` with to get its logits; mostly 1.
 
@@ -327,26 +328,24 @@ def logit_scale(config: Any) -> float:
     """
     model, parts = _blockless(config)
     tokens = torch.arange(1, 9).reshape(2, 4)
-    with torch.no_grad():
+    bags = embed_bags(parts.embedding.weight, tokens[..., None]) * embedding_scale(parts.embedding)
+    try:
         logits = model(input_ids=tokens, use_cache=False).logits
-        bags = embed_bags(parts.embedding.weight, tokens[..., None])
-        bags = bags * embedding_scale(parts.embedding)
         from_tokens = _stations(parts.base, input_ids=tokens)
-        try:
-            from_bags = _stations(parts.base, inputs_embeds=bags)
-        except TypeError as error:
-            raise ConfigError(
-                f"model: {type(model).__name__} takes no inputs_embeds; give another model"
-            ) from error
-        hidden = from_tokens[-1]
-        if len(from_bags) != len(from_tokens) or not all(map(_close, from_bags, from_tokens)):
-            raise ConfigError(
-                f"model: {type(model).__name__} treats token ids and their embeddings differently "
-                "(it scales or adds to them), which bags of tokens would miss; give another model"
-            )
-        for scale in _scales(model, config):
-            if _close(parts.head(hidden) * scale, logits):
-                return scale
+        from_bags = _stations(parts.base, inputs_embeds=bags)
+    except Exception as error:  # whatever a model class raises about what it is called with
+        reason = "takes no inputs_embeds" if "inputs_embeds" in str(error) else one_line(error)
+        raise ConfigError(
+            f"model: {type(model).__name__} cannot be trained here ({reason}); give another model"
+        ) from error
+    if len(from_bags) != len(from_tokens) or not all(map(_close, from_bags, from_tokens)):
+        raise ConfigError(
+            f"model: {type(model).__name__} treats token ids and their embeddings differently (it "
+            "scales or adds to them), which bags of tokens would miss; give another model"
+        )
+    for scale in _scales(model, config):
+        if _close(parts.head(from_tokens[-1]) * scale, logits):
+            return scale
     for name in _SOFT_CAPS:
         if getattr(config, name, None):
             raise ConfigError(
@@ -421,5 +420,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line of bearable length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -41,10 +41,10 @@ from tst_ray.architecture import (
     describe,
     embedding_scale,
     experts,
-    first_line,
     hf_config,
     logit_scale,
     make_model,
+    one_line,
     seeded,
 )
 from tst_ray.errors import ConfigError
@@ -308,7 +308,7 @@ def _join_group(precision: str, device: torch.device) -> bool:
     if dist.is_initialized():
         return dist.get_world_size() > 1 or precision != "float32"
     if precision != "float32":
-        store = torch._C._distributed_c10d.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return True
@@ -332,7 +332,7 @@ def _create(config: Any, pretrained: str | None, seed: int) -> Any:
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"model.source = {pretrained!r}: its weights do not load: {first_line(error)}"
+            f"model.source = {pretrained!r}: its weights do not load: {one_line(error)}"
         ) from error
     absent = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
     if absent:

@@ -260,7 +260,7 @@ class PhaseConfig(_Superposition):
 class TrainConfig(_Section):
     """The optimization. A step's global batch is `batch_size` sequences at any world size."""
 
-    steps: Count = 4500
+    steps: Count = 6000
     """optimizer steps of the whole run"""
     sequence_length: Count = 64
     """latent positions of a sequence (L): what the model sees"""
@@ -336,7 +336,7 @@ class MetricsConfig(_Section):
 
     val_every: Count = 250
     """steps between evaluations"""
-    val_sequences: Count = 64
+    val_sequences: Count = 256
     """held-out sequences of an evaluation"""
     tensorboard_every: Count = 10
     """steps between points of the curves"""

@@ -1,4 +1,4 @@
-"""Checkpoints: commit, verify, fall back, keep. One process; ranks meet in test_fsdp and test_runs."""
+"""Checkpoints: commit, verify, fall back, keep. One process; test_runs has several ranks."""
 
 from __future__ import annotations
 

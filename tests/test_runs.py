@@ -213,6 +213,46 @@ def test_another_world_size_gives_the_same_losses(
 
 
 @pytest.mark.slow
+def test_phases_with_the_same_workers_share_a_group(
+    place: Path, text: Path, undisturbed: tuple[Path, str]
+) -> None:
+    """The switch happens inside the group, and no checkpoint is needed for it."""
+    same = command(place / "runs", text, "same", tst__workers=2, checkpoint__every=100)
+    finish(same, place / "same.log")
+    run = place / "runs" / "same"
+    assert len(events(run, "attempt")) == 1
+    assert [event["step"] for event in events(run, "phase_start")] == [0, SWITCH]
+    assert [event["step"] for event in events(run, "checkpoint")] == [STEPS]
+    whole = lines(undisturbed[0], "metrics.jsonl")
+    for a, b in zip(lines(run, "metrics.jsonl"), whole, strict=True):
+        assert a["data_digest"] == b["data_digest"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_what_a_restart_would_only_meet_again_stops_the_run(place: Path, text: Path) -> None:
+    """A model folder without weights, found by a worker: one line, no second attempt."""
+    folder = place / "no-weights"
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = command(
+        place / "runs", text, "fatal", model__source=folder, model__pretrained="true"
+    )
+    arguments = [argument for argument in arguments if not argument.startswith("--model.config")]
+    log = place / "fatal.log"
+    assert start(arguments, log).wait(timeout=PATIENCE_S) == 1
+    said = log.read_text()
+    assert "no-weights" in said.splitlines()[-1] and str(place / "runs" / "fatal") in said
+    assert "Traceback" not in said
+    assert len(events(place / "runs" / "fatal", "failure")) == 1
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(
     place: Path, text: Path, undisturbed: tuple[Path, str]
 ) -> None:

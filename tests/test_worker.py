@@ -73,7 +73,7 @@ def test_a_run_stopped_after_any_step_ends_bit_equal(
 
 
 def test_what_a_record_holds(whole: tuple[Any, list[Any]]) -> None:
-    job, records = whole
+    _, records = whole
     bag, plain = records[0], records[-1]
     assert (bag["phase"], bag["bag_size"]) == (0, 4)
     assert (plain["phase"], plain["bag_size"]) == (1, 1)
@@ -125,6 +125,39 @@ def test_without_superposition_the_run_is_a_plain_loop(tmp_path: Path, manifest:
     trained = final_weights(Storage(job.run_url))
     for name, tensor in model.state_dict().items():
         assert torch.equal(trained[f"model.hf_model.{name}"], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "data_tokens", "latent_tokens"),
+    [
+        ({"tst__fold": "sequence"}, 5 * 8 * 4, 5 * 8),
+        ({"tst__fold": "batch"}, 5 * 4 * 8, 5 * 4 * 2),
+        ({"tst__fold": "none"}, 5 * 8, 5 * 2),
+        ({"tst__mode": "input_only"}, 5 * 8 * 4, 5 * 8),
+        ({"tst__mode": "output_only"}, 5 * 8, 5 * 8),
+        ({"tst__weighting": "power_law"}, 5 * 8 * 4, 5 * 8),
+    ],
+)
+def test_every_fold_and_mode_trains(
+    tmp_path: Path,
+    manifest: Manifest,
+    changes: dict[str, Any],
+    data_tokens: int,
+    latent_tokens: int,
+) -> None:
+    config = make_config(tmp_path, manifest, train__steps=30, train__learning_rate=3e-2, **changes)
+    records = run_inline(make_job(config, manifest))
+    assert (records[0]["data_tokens"], records[0]["latent_tokens"]) == (data_tokens, latent_tokens)
+    assert records[0]["loss"] == pytest.approx(np.log(97), rel=0.05)
+    assert all(0 < record["grad_norm"] < np.inf for record in records)
+
+
+def test_the_alternative_loss_trains(tmp_path: Path, manifest: Manifest) -> None:
+    config = make_config(tmp_path, manifest, train__steps=30, tst__loss="mce_alt")
+    records = run_inline(make_job(config, manifest))
+    # At the start the mass on a bag of 4 is about 4 in 97.
+    assert records[0]["loss"] == pytest.approx(np.log(97 / 4), rel=0.1)
+    assert records[14]["loss"] < records[0]["loss"]
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path: Path, manifest: Manifest) -> None:

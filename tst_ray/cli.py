@@ -1,7 +1,8 @@
 """The command line: `tst-ray run | prepare | plan | status | export`.
 
-Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit status:
-0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything starts.
+Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit
+status: 0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything
+starts.
 """
 
 from __future__ import annotations

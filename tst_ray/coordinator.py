@@ -8,8 +8,8 @@
 
 A *stage* is a run of phases with the same workers: one worker group. Inside it the phase changes
 between two steps; from stage to stage the run goes through a committed checkpoint. The coordinator
-holds no tensors and sees no samples: it reads which checkpoints are committed, starts the group that
-comes next, and ends. Where the run stands is on storage alone, so a driver that is killed loses
+holds no tensors and sees no samples: it reads which checkpoints are committed, starts the group
+that comes next, and ends. Where the run stands is on storage alone, so a killed driver loses
 nothing: the same command finds the newest committed checkpoint and goes on in the right phase.
 """
 
@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.corpus import SourceSpec
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
-from pipelines.order import Cut, Order, StreamSource
 from pipelines.manifest import Manifest, verify_checksums, verify_sizes
-from pipelines.corpus import SourceSpec
+from pipelines.order import Cut, Order, StreamSource
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
 from tst_ray.checkpoint import committed
@@ -109,7 +109,7 @@ def find_prepared(config: Config) -> Manifest | None:
         return Manifest.load(config.data.prepared)
     try:
         return Manifest.load(_preparation(config)[2])
-    except DataError:
+    except (DataError, RunError):
         return None
 
 
@@ -291,8 +291,8 @@ class Coordinator:
         if before and before["corpus"] != manifest.fingerprint:
             raise ConfigError(
                 f"data: {manifest.folder} holds another corpus (fingerprint "
-                f"{manifest.fingerprint[:12]}) than {run.url} began with ({before['corpus'][:12]}); "
-                "restore the text, or use another run.name"
+                f"{manifest.fingerprint[:12]}) than {run.url} began with "
+                f"({before['corpus'][:12]}); restore the text, or use another run.name"
             )
         if not before:
             run.write_json(PLAN, {**asdict(self.plan), "corpus": manifest.fingerprint,
@@ -379,7 +379,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     job: Job = loop_config["job"]
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
+    place = Place(
+        context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
+    )
 
     def open_batches(phase: Phase, step: int) -> Any:
         shard = ray.train.get_dataset_shard(f"phase-{phase.index}")

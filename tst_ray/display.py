@@ -145,8 +145,9 @@ def _advance_bars(progress: Progress, tasks: list[Any], plan: Plan, record: dict
         done = min(max(record["step"] - phase.first_step, 0), phase.steps)
         if done and not progress.tasks[task].started:
             progress.start_task(task)
-        status = {"status": _fields(record)} if phase.index == record["phase"] else {}
-        progress.update(task, completed=done, **status)
+        progress.update(task, completed=done)
+        if phase.index == record["phase"]:
+            progress.update(task, status=_fields(record))
 
 
 def _show_lines(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:
@@ -169,7 +170,15 @@ def _show_lines(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Ev
 
 def short_number(value: float) -> str:
     """1,234,567 as 1.23M."""
-    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for bound, unit in (
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "B"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if abs(value) >= bound:
             return f"{value / bound:.3g}{unit}"
     return f"{value:.3g}"

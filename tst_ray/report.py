@@ -19,6 +19,7 @@ from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
 from tst_ray.plan import (
     ModelShape,
     Phase,
+    Plan,
     batch_split,
     build_plan,
     flops_per_step,
@@ -26,6 +27,7 @@ from tst_ray.plan import (
 )
 from tst_ray.storage import Storage
 
+_TABLE_WIDTH = 110
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
 
 
@@ -34,8 +36,8 @@ def plan_facts(config: Config) -> dict[str, Any]:
 
     Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
     """
-    from tst_ray.coordinator import find_prepared
     from tst_ray.architecture import check_supported, describe, hf_config
+    from tst_ray.coordinator import find_prepared
 
     plan = build_plan(config)
     manifest = find_prepared(config)
@@ -44,11 +46,9 @@ def plan_facts(config: Config) -> dict[str, Any]:
         vocab_size=manifest.vocab_size if manifest else _vocabulary(config),
         eot_token=manifest.eot_token if manifest else None,
     )
-    check_supported(
-        model_config, latent_length=max(phase.latent_length for phase in plan.phases)
-    )
+    check_supported(model_config, latent_length=max(phase.latent_length for phase in plan.phases))
     shape = describe(model_config)
-    phases = [_phase_facts(config, shape, phase) for phase in plan.phases]
+    phases = [_phase_facts(config, plan, shape, phase) for phase in plan.phases]
     facts: dict[str, Any] = {
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
@@ -83,7 +83,7 @@ def _vocabulary(config: Config) -> int | None:
     return config.data.vocab_size if config.data.tokenizer == "train" else None
 
 
-def _phase_facts(config: Config, shape: ModelShape, phase: Phase) -> dict[str, Any]:
+def _phase_facts(config: Config, plan: Plan, shape: ModelShape, phase: Phase) -> dict[str, Any]:
     sizes = list(range(phase.min_workers, phase.max_workers + 1))
     if len(sizes) > _MAX_SPLITS:
         sizes = sizes[: _MAX_SPLITS // 2] + sizes[-_MAX_SPLITS // 2 :]
@@ -99,7 +99,7 @@ def _phase_facts(config: Config, shape: ModelShape, phase: Phase) -> dict[str, A
         "workers": [phase.min_workers, phase.max_workers],
         "batch_split": {str(size): _split_words(phase.num_sequences, size) for size in sizes},
         "memory_per_worker": {
-            str(size): memory_per_worker(shape, phase, size, config.train)
+            str(size): memory_per_worker(shape, plan, phase, size, config.train)
             for size in {sizes[0], sizes[-1]}
         },
     }
@@ -114,7 +114,7 @@ def _split_words(num_sequences: int, world_size: int) -> str:
 
 def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
     """The plan as text."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or wide_console()
     say = console.print
     active = facts["active_parameters"]
     extra = f", {active:,} active" if active != facts["parameters"] else ""
@@ -162,11 +162,19 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
         for name, epochs in phase.get("epochs_after", {}).items():
             tail = phase["tail_tokens"][name]
             say(
-                f"  {name}: {epochs:.3f} epochs when it ends; {tail:,} tokens an epoch fill no sequence"
+                f"  {name}: {epochs:.3f} epochs when it ends; "
+                f"{tail:,} tokens an epoch fill no sequence"
             )
     if "corpus" not in facts:
         say()
         say("corpus     not prepared yet: epochs and tails are told after `tst-ray prepare`")
+
+
+def wide_console() -> Console:
+    """Standard output, wide enough for a table whatever it is piped into."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _TABLE_WIDTH)
+    return console
 
 
 def _bytes(value: float) -> str:

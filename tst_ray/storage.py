@@ -25,12 +25,20 @@ class Storage:
 
     Args:
         url: a local path or any fsspec URL.
+
+    Raises:
+        RunError: the URL's filesystem is unknown, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url if "://" in url else str(Path(url).expanduser().absolute())
         self.is_local = "://" not in url or url.startswith("file://")
-        self._fs, self.path = fsspec.core.url_to_fs(self.url)
+        try:
+            self._fs, self.path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise RunError(
+                f"{self.url}: cannot be opened ({str(error).splitlines()[0]})"
+            ) from error
         self.path = self.path.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -26,10 +26,10 @@ from pipelines.ingest import FILLER, Columns, Feed, check_batch
 from pipelines.order import digest, rank_slots, rows_per_rank, span_hashes
 from pipelines.permute import combine
 from pipelines.shards import Manifest, TokenReader
+from tst_ray.architecture import describe, hf_config
 from tst_ray.checkpoint import Checkpointer
 from tst_ray.config import Config
 from tst_ray.metrics import MetricsLog, add_event, peak_flops
-from tst_ray.architecture import describe, hf_config
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase, Plan, flops_per_step

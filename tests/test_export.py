@@ -1,0 +1,81 @@
+"""The model folder: what plain `transformers` loads gives the logits that training computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_bad_input import arguments
+from tests.test_runs import write_text
+from tst_ray.checkpoint import committed
+from tst_ray.cli import main
+from tst_ray.errors import RunError
+from tst_ray.export import export_run, sample_text
+from tst_ray.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    folder = tmp_path_factory.mktemp("export")
+    text = write_text(folder / "text")
+    args = arguments(folder, text, checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    return Storage(str(folder / "bad"))
+
+
+def test_its_logits_are_the_trainers(run: Storage, tmp_path: Path) -> None:
+    """Against the weights of the checkpoint, put into a model by name, one by one."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tst_ray.checkpoint import load_full
+
+    model = AutoModelForCausalLM.from_pretrained(run.at("model"))
+    newest = committed(run / "checkpoints")[0]
+    entries = FileSystemReader(newest.folder.path).read_metadata().state_dict_metadata
+    prefix = "model.hf_model."
+    saved = {n: torch.empty(e.size) for n, e in entries.items() if n.startswith(prefix)}
+    load_full(newest, saved)
+    trained = AutoModelForCausalLM.from_config(model.config)
+    trained.load_state_dict({n.removeprefix(prefix): tensor for n, tensor in saved.items()})
+    tokens = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, trained.eval()(tokens).logits)
+    assert AutoTokenizer.from_pretrained(run.at("model")).vocab_size == model.config.vocab_size
+
+
+def test_any_checkpoint_can_be_exported(run: Storage, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    first = export_run(run, str(tmp_path / "first"), step=2)
+    weights = load_file(f"{first}/model.safetensors")
+    last = load_file(run.at("model/model.safetensors"))
+    assert any(not torch.equal(weights[name], last[name]) for name in last)
+    with pytest.raises(RunError, match="has no checkpoint of step 3; it has 4, 2"):
+        export_run(run, str(tmp_path / "third"), step=3)
+
+
+def test_the_command_writes_it_again(
+    run: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", run.url, "--to", str(tmp_path / "again")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "again")
+    written = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == Path(
+        run.at("model/model.safetensors")
+    ).read_bytes()
+
+
+def test_samples_are_text(run: Storage) -> None:
+    samples = sample_text(run, run.at("model"), num_samples=2, length=5)
+    assert len(samples) == 2
+    assert all(isinstance(sample, str) for sample in samples)
+
+
+def test_status_tells_where_it_stands(run: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", run.url]) == 0
+    said = capsys.readouterr().out
+    assert "finished" in said and "step 4 of 4" in said and "newest checkpoint: step 4" in said

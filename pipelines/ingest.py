@@ -42,6 +42,7 @@ class Feed:
 
     Args:
         folder: the prepared shards.
+        manifest: their manifest.json, or the run's copy of it.
         fingerprint: the manifest's, so that another corpus at the same place is noticed.
         order: the run's order, all phases.
         phase: which phase this feed is for.
@@ -49,6 +50,7 @@ class Feed:
     """
 
     folder: str
+    manifest: str
     fingerprint: str
     order: Order
     phase: int
@@ -84,7 +86,7 @@ class Feed:
         num_rows = (last_step - first_step) * height
         columns: Columns = {name: np.zeros(num_rows, np.int64) for name in _ID_COLUMNS}
         columns["slot"][:] = FILLER
-        manifest = _manifest(self.folder, self.fingerprint)
+        manifest = load_manifest(self)
         length = cut.data_length + cut.lookahead
         columns["tokens"] = np.zeros((num_rows, length), np.dtype(manifest.dtype))
         slots = rank_slots(cut.num_sequences, world_size, rank)
@@ -104,7 +106,7 @@ class Feed:
         for row, (source, epoch, offset) in enumerate(
             zip(spans.source.tolist(), spans.epoch.tolist(), spans.offset.tolist(), strict=True)
         ):
-            reader = _reader(self.folder, self.fingerprint, source)
+            reader = _reader(self.folder, self.manifest, self.fingerprint, source)
             at = 0
             for start, stop in self.order.linear(source, epoch, offset, length):
                 out[row, at : at + stop - start] = reader.read(start, stop)
@@ -216,9 +218,18 @@ def _block(feed: Feed, first: int, last: int, rank: int, world_size: int) -> Any
     return BlockAccessor.batch_to_arrow_block(feed.rows(first, last, rank, world_size))
 
 
+def load_manifest(feed: Feed) -> Manifest:
+    """The manifest of the shards that a feed reads; read once a process.
+
+    Raises:
+        DataError: the shards are not those that the feed was made for.
+    """
+    return _manifest(feed.folder, feed.manifest, feed.fingerprint)
+
+
 @lru_cache(maxsize=4)
-def _manifest(folder: str, fingerprint: str) -> Manifest:
-    manifest = Manifest.load(folder)
+def _manifest(folder: str, path: str, fingerprint: str) -> Manifest:
+    manifest = Manifest.load(folder, path)
     if manifest.fingerprint != fingerprint:
         raise DataError(
             f"{folder}: the shards are not those this run was planned on (fingerprint "
@@ -229,7 +240,7 @@ def _manifest(folder: str, fingerprint: str) -> Manifest:
 
 
 @lru_cache(maxsize=64)
-def _reader(folder: str, fingerprint: str, source: int) -> TokenReader:
+def _reader(folder: str, path: str, fingerprint: str, source: int) -> TokenReader:
     """One reader a source and process: its cache of rows serves all tasks that run here."""
-    manifest = _manifest(folder, fingerprint)
+    manifest = _manifest(folder, path, fingerprint)
     return TokenReader(manifest, manifest.sources[source].name)

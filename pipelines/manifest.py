@@ -78,12 +78,16 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str) -> Manifest:
-        """Read `folder`/manifest.json. Raises DataError where there is none, or none of ours."""
-        filesystem, path = locate(folder)
-        where = f"{folder}/manifest.json"
+    def load(cls, folder: str, copy: str | None = None) -> Manifest:
+        """Read `folder`/manifest.json, or a copy of it that `save` put elsewhere.
+
+        Shards are never altered, so a corpus that has grown since the copy was made is still there
+        as it was. Raises DataError where there is no manifest, or none of ours.
+        """
+        where = copy or f"{folder}/manifest.json"
+        filesystem, path = locate(where)
         try:
-            content = json.loads(read_bytes(filesystem, f"{path}/manifest.json"))
+            content = json.loads(read_bytes(filesystem, path))
         except FileNotFoundError:
             raise DataError(
                 f"{where}: not found; make the shards with `tst-ray prepare`, "
@@ -118,8 +122,11 @@ class Manifest:
             settings=content["settings"],
         )
 
-    def save(self) -> None:
-        """Write manifest.json atomically: until then, the folder's previous manifest stands."""
+    def save(self, copy: str | None = None) -> None:
+        """Write manifest.json, or a copy of it elsewhere, atomically.
+
+        Until then, the folder's previous manifest stands.
+        """
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -131,9 +138,9 @@ class Manifest:
             "settings": self.settings,
             "sources": [asdict(source) for source in self.sources],
         }
-        filesystem, path = locate(self.folder)
+        filesystem, path = locate(copy or f"{self.folder}/manifest.json")
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomically(filesystem, f"{path}/manifest.json", text.encode())
+        write_atomically(filesystem, path, text.encode())
 
     @property
     def tokenizer_folder(self) -> str:

@@ -33,7 +33,8 @@ def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
         for source, weight in zip(manifest.sources, (2.0, 1.0), strict=True)
     )
     order = Order(sources, cuts, block_tokens=64, shuffle_tokens=256, seed=seed)
-    return Feed(manifest.folder, manifest.fingerprint, order, phase, BAG if phase == 0 else 1)
+    path = f"{manifest.folder}/manifest.json"
+    return Feed(manifest.folder, path, manifest.fingerprint, order, phase, BAG if phase == 0 else 1)
 
 
 def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
@@ -127,7 +128,7 @@ def test_shards_of_another_corpus_are_refused(tmp_path: Path) -> None:
 def test_a_feed_is_small_however_large_the_corpus() -> None:
     order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10**6, 16_384, 65_536, 16),),
                   1 << 20, 1 << 28, 0)  # fmt: skip
-    feed = Feed("/shards", "0" * 64, order, 0, 16)
+    feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, 0, 16)
     assert len(pickle.dumps(feed)) < 1_000
 
 

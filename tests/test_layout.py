@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = """
+LIST = """
     errors settings checks config plan storage superposition architecture model optim checkpoint
     metrics worker runstore session display export coordinator report cli run
-""".split()
+"""
+ORDER = LIST.split()
 MODULES = sorted([*(ROOT / "tst_ray").glob("*.py"), *(ROOT / "pipelines").glob("*.py")])
 
 

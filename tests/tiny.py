@@ -67,7 +67,7 @@ def make_job(config: Config, manifest: Manifest, run: Storage | None = None) -> 
     feeds = build_feeds(plan, build_order(config, plan, manifest), manifest)
     run = run or Storage(config.run.storage) / config.run.name
     run.make()
-    return Job(config, plan, feeds, manifest.folder, run.url, plan.total_steps)
+    return Job(config, plan, feeds, run.url, plan.total_steps)
 
 
 def run_inline(job: Job, place: Place | None = None) -> list[dict[str, Any]]:

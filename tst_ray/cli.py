@@ -1,4 +1,4 @@
-"""The command line: `tst-ray run | prepare | plan | status | export`.
+"""The command line: `tst-ray run | prepare | plan | status | export | settings`.
 
 Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit
 status: 0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything
@@ -65,6 +65,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/model)")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     export.set_defaults(command=_export, takes_overrides=False)
+
+    settings = commands.add_parser("settings", help="list every config field", allow_abbrev=False)
+    settings.set_defaults(command=_settings, takes_overrides=False)
 
     args, rest = parser.parse_known_args(arguments)
     wrong = [arg for arg in rest if not (args.takes_overrides and arg.startswith("--"))]
@@ -157,6 +160,12 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     from tst_ray.storage import Storage
 
     print(export_run(Storage(args.run), args.to, args.step))
+
+
+def _settings(args: argparse.Namespace, overrides: list[str]) -> None:
+    from tst_ray.report import settings_table
+
+    print(settings_table())
 
 
 def _say_to_stderr(text: str) -> None:

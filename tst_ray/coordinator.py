@@ -34,7 +34,7 @@ from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.metrics import METRICS, add_event, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
-from tst_ray.runstore import PLAN, open_run, read_events, update_state
+from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events, update_state
 from tst_ray.session import check_capacity, ray_session, worker_resources
 from tst_ray.storage import Storage
 
@@ -85,14 +85,24 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     else:
         sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
-    num_bytes = sum(shard.bytes for shard in manifest.shards())
-    if num_bytes <= _VERIFY_WHOLE_BYTES:
-        verify_checksums(manifest)
-    else:  # every row's checksum is verified when it is read
-        verify_sizes(manifest)
+    check_shards(manifest)
     if not any(source.validation.tokens for source in manifest.sources):
         say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest
+
+
+def check_shards(manifest: Manifest) -> None:
+    """Verify every shard's size, and in a corpus that is not large every byte.
+
+    Whatever the size, the checksum of each row is verified when it is read.
+
+    Raises:
+        DataError: naming the shard.
+    """
+    if sum(shard.bytes for shard in manifest.shards()) <= _VERIFY_WHOLE_BYTES:
+        verify_checksums(manifest)
+    else:
+        verify_sizes(manifest)
 
 
 def prepare_only(config: Config, say: Say) -> Manifest:
@@ -161,10 +171,13 @@ def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
     return Order(sources, cuts, block_tokens, config.data.shuffle_tokens, config.run.seed)
 
 
-def build_feeds(plan: Plan, order: Order, manifest: Manifest) -> tuple[Feed, ...]:
-    """One feed a phase."""
+def build_feeds(
+    plan: Plan, order: Order, manifest: Manifest, path: str | None = None
+) -> tuple[Feed, ...]:
+    """One feed a phase, over the manifest at `path` (unless given, that of the shards)."""
+    path = path or f"{manifest.folder}/manifest.json"
     return tuple(
-        Feed(manifest.folder, manifest.fingerprint, order, phase.index, phase.input_bag)
+        Feed(manifest.folder, path, manifest.fingerprint, order, phase.index, phase.input_bag)
         for phase in plan.phases
     )
 
@@ -210,36 +223,66 @@ class Coordinator:
                 return self._drive(run, self._train_on_ray, "ray")
 
     def _drive(self, run: Storage, train_stage: Callable[..., None], backend: str) -> Outcome:
-        manifest = prepare_corpus(self.config, backend, self.say)
+        manifest = self._corpus_of(run, backend)
         self._check_model(manifest)
         self._enter(State.PLAN)
         order = build_order(self.config, self.plan, manifest)
-        feeds = build_feeds(self.plan, order, manifest)
-        self._check_same_corpus(run, manifest)
+        feeds = build_feeds(self.plan, order, manifest, run.location(MANIFEST))
+        self._record_plan(run, manifest)
         for number, stage in enumerate(self.plan.stages()):
-            last_step = stage[-1].last_step
-            if newest_step(run) >= last_step:
+            step = newest_step(run)
+            if step >= stage[-1].last_step:
                 continue
-            if number and newest_step(run) == stage[0].first_step:
+            if number and step == stage[0].first_step:
                 self._enter(State.SWITCH)
-                add_event(run, "switch", step=stage[0].first_step, workers=_workers(stage[0]))
+                add_event(run, "switch", step=step, workers=_workers(stage[0]))
             self._enter(State.TRAIN)
-            self._announce(stage, newest_step(run))
-            self._train(run, feeds, manifest, stage, train_stage)
+            self._announce(stage, step)
+            self._train(run, feeds, stage, train_stage)
         return self._finish(run, backend)
+
+    def _corpus_of(self, run: Storage, backend: str) -> Manifest:
+        """The shards that the run began with; for a new run, those of its text.
+
+        Raises:
+            ConfigError: they are gone, and the text is not what it was.
+        """
+        before = run.read_json(PLAN)
+        if before and run.exists(MANIFEST):
+            try:
+                # Text that was added since must not keep a run from going on.
+                manifest = Manifest.load(before["shards"], run.location(MANIFEST))
+                check_shards(manifest)
+                return manifest
+            except DataError as error:
+                self.say(f"{error}; preparing the text again")
+        manifest = prepare_corpus(self.config, backend, self.say)
+        if before and before["corpus"] != manifest.fingerprint:
+            raise ConfigError(
+                f"data: {manifest.folder} holds another corpus (fingerprint "
+                f"{manifest.fingerprint[:12]}) than {run.url} began with "
+                f"({before['corpus'][:12]}); restore the text, or use another run.name"
+            )
+        return manifest
+
+    def _record_plan(self, run: Storage, manifest: Manifest) -> None:
+        """Write the plan and the manifest, once, before the first step."""
+        if not run.exists(PLAN) or not run.exists(MANIFEST):
+            manifest.save(run.location(MANIFEST))
+            facts = {"corpus": manifest.fingerprint, "shards": manifest.folder}
+            run.write_json(PLAN, {**asdict(self.plan), **facts})
 
     def _train(
         self,
         run: Storage,
         feeds: tuple[Feed, ...],
-        manifest: Manifest,
         stage: tuple[Phase, ...],
         train_stage: Callable[..., None],
     ) -> None:
         from tst_ray.display import watch
         from tst_ray.worker import Job
 
-        job = Job(self.config, self.plan, feeds, manifest.folder, run.url, stage[-1].last_step)
+        job = Job(self.config, self.plan, feeds, run.url, stage[-1].last_step)
         with watch(run, self.plan, self.terminal):
             train_stage(run, job, stage)
         if newest_step(run) < job.last_step:
@@ -284,19 +327,6 @@ class Coordinator:
         names = " and ".join(f"phase {phase.index + 1}" for phase in stage)
         how = f"resuming at step {step:,}" if step else "from the first step"
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
-
-    def _check_same_corpus(self, run: Storage, manifest: Manifest) -> None:
-        """Write plan.json, or refuse a corpus that is not the one the run began with."""
-        before = run.read_json(PLAN)
-        if before and before["corpus"] != manifest.fingerprint:
-            raise ConfigError(
-                f"data: {manifest.folder} holds another corpus (fingerprint "
-                f"{manifest.fingerprint[:12]}) than {run.url} began with "
-                f"({before['corpus'][:12]}); restore the text, or use another run.name"
-            )
-        if not before:
-            run.write_json(PLAN, {**asdict(self.plan), "corpus": manifest.fingerprint,
-                                  "shards": manifest.folder})  # fmt: skip
 
     def _finish(self, run: Storage, backend: str) -> Outcome:
         self._enter(State.EXPORT)

@@ -43,7 +43,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     config, plan = _read_run(run)
     info = _pick(run, step)
-    manifest = Manifest.load(plan["shards"])
+    manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
     model = build_model(
         hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token),
         pretrained=None,

@@ -5,6 +5,7 @@ Each comes as plain facts (for --json) and as text made from those facts alone.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -183,6 +184,35 @@ def _bytes(value: float) -> str:
             return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def settings_table() -> str:
+    """Every field of the config with its default and meaning, as a Markdown table."""
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for section, section_field in Config.model_fields.items():
+        fields = getattr(section_field.annotation, "model_fields", None)
+        if fields is None:
+            rows.append(f"| `{section}` | none | {_cell(section_field.description)} |")
+            continue
+        defaults = getattr(Config(), section).model_dump(mode="json", by_alias=True)
+        for name, field in fields.items():
+            name = field.alias or name
+            default = _default_words(defaults[name], f"{section}.{name}")
+            rows.append(f"| `{section}.{name}` | {default} | {_cell(field.description)} |")
+    return "\n".join(rows)
+
+
+def _cell(text: str | None) -> str:
+    """Text for a Markdown table: angle brackets would be taken for HTML."""
+    return (text or "").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+
+
+def _default_words(value: Any, path: str) -> str:
+    if path == "model.config":
+        return "`demo-0.4m`"
+    if path == "data.sources":
+        return "`[python-stdlib]`"
+    return "" if value in (None, {}, []) else f"`{json.dumps(value)}`"
 
 
 def status_facts(run: Storage) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The run directory: opening it once, for one driver, and only for the run it belongs to.
 
-    config.yaml  plan.json     written before the first step; the run's identity
+    config.yaml  plan.json     written before the first step: the run's identity
+    manifest.json              the shards that it began with
     run.json                   where the run stands, replaced as a whole
     driver.lock                who drives it now
 
@@ -26,7 +27,8 @@ from tst_ray.errors import ConfigError, RunError
 from tst_ray.metrics import EVENTS
 from tst_ray.storage import Storage
 
-CONFIG, PLAN, STATE, LOCK = "config.yaml", "plan.json", "run.json", "driver.lock"
+CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
+STATE, LOCK = "run.json", "driver.lock"
 _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
 _RENEW_S = 15.0
 

@@ -51,6 +51,10 @@ class Storage:
         """The path of a file in this folder, as the filesystem spells it."""
         return f"{self.path}/{name}"
 
+    def location(self, name: str) -> str:
+        """The address of a file in this folder, for those who open it by themselves."""
+        return f"{self.url}/{name}"
+
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there now (listings are not cached)."""
         self._fs.invalidate_cache()

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pipelines.ingest import FILLER, Columns, Feed, check_batch
+from pipelines.ingest import FILLER, Columns, Feed, check_batch, load_manifest
 from pipelines.order import digest, rank_slots, rows_per_rank, span_hashes
 from pipelines.permute import combine
 from pipelines.shards import Manifest, TokenReader
@@ -47,7 +47,6 @@ class Job:
     Args:
         config, plan: the run's.
         feeds: one a phase of the plan.
-        manifest_folder: the prepared shards, for the validation split and the tokenizer.
         run_url: the run directory.
         last_step: where this stage ends.
     """
@@ -55,7 +54,6 @@ class Job:
     config: Config
     plan: Plan
     feeds: tuple[Feed, ...]
-    manifest_folder: str
     run_url: str
     last_step: int
 
@@ -109,7 +107,7 @@ class Trainer:
         self.run = Storage(job.run_url)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        manifest = Manifest.load(job.manifest_folder)
+        manifest = load_manifest(job.feeds[0])
         self.hf_config = hf_config(
             config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
         )

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    errors settings checks config plan storage superposition architecture model optim checkpoint
-    metrics worker runstore session display export coordinator report cli run
+    errors settings checks config plan storage corpus superposition architecture model optim
+    checkpoint metrics worker runstore session display export coordinator report cli run
 """
 ORDER = LIST.split()
 MODULES = sorted([*(ROOT / "tst_ray").glob("*.py"), *(ROOT / "pipelines").glob("*.py")])

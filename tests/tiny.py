@@ -9,7 +9,7 @@ from pipelines.ingest import Feed, read_inline
 from pipelines.shards import Manifest
 from tests.corpora import write_corpus
 from tst_ray.config import Config, load_config
-from tst_ray.coordinator import build_feeds, build_order
+from tst_ray.corpus import build_feeds, build_order
 from tst_ray.metrics import METRICS
 from tst_ray.plan import Plan, build_plan
 from tst_ray.storage import Storage

@@ -22,15 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpus import SourceSpec
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
-from pipelines.manifest import Manifest, verify_checksums, verify_sizes
-from pipelines.order import Cut, Order, StreamSource
-from pipelines.tokenize import prepare, prepared_folder
-from pipelines.tokenizer import check_tokenizer
+from pipelines.manifest import Manifest
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
+from tst_ray.corpus import build_feeds, build_order, check_shards, prepare_corpus
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.metrics import METRICS, add_event, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
@@ -39,7 +36,6 @@ from tst_ray.session import check_capacity, ray_session, worker_resources
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
-_VERIFY_WHOLE_BYTES = 1 << 30  # a corpus of up to this size is checksummed before each start
 
 
 class State(enum.Enum):
@@ -72,114 +68,12 @@ class Outcome:
     samples: tuple[str, ...]
 
 
-def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
-    """The run's shards: those named by `data.prepared`, or made from `data.sources`.
-
-    Raises:
-        DataError: with the file and the remedy.
-    """
-    if config.data.prepared:
-        manifest = Manifest.load(config.data.prepared)
-        tokenizer = config.data.tokenizer
-        check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
-    else:
-        sources, settings, folder = _preparation(config)
-        manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
-    check_shards(manifest)
-    if not any(source.validation.tokens for source in manifest.sources):
-        say("no text was held out for validation; raise data.validation_share or add documents")
-    return manifest
-
-
-def check_shards(manifest: Manifest) -> None:
-    """Verify every shard's size, and in a corpus that is not large every byte.
-
-    Whatever the size, the checksum of each row is verified when it is read.
-
-    Raises:
-        DataError: naming the shard.
-    """
-    if sum(shard.bytes for shard in manifest.shards()) <= _VERIFY_WHOLE_BYTES:
-        verify_checksums(manifest)
-    else:
-        verify_sizes(manifest)
-
-
 def prepare_only(config: Config, say: Say) -> Manifest:
     """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
     with ray_session(config, build_plan(config)):
         return prepare_corpus(config, "ray", say)
-
-
-def find_prepared(config: Config) -> Manifest | None:
-    """The run's shards where they are prepared already, else None."""
-    if config.data.prepared:
-        return Manifest.load(config.data.prepared)
-    try:
-        return Manifest.load(_preparation(config)[2])
-    except (DataError, RunError):
-        return None
-
-
-def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any], str]:
-    """The sources, the settings, and the folder of shards that belongs to them."""
-    data = config.data
-    sources = tuple(
-        SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
-        for s in data.sources
-    )
-    settings: dict[str, Any] = {
-        "tokenizer": data.tokenizer,
-        "vocab_size": data.vocab_size,
-        "validation_share": data.validation_share,
-        "row_tokens": data.row_tokens,
-        "undecodable": data.undecodable,
-    }
-    cache = data.cache or f"{Storage(config.run.storage).url}/shards"
-    return sources, settings, prepared_folder(cache, sources, **settings)
-
-
-def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
-    """The order of the run over these shards.
-
-    Sources are mixed by their weights; without any, all are read at the same pace, so that each has
-    seen as many epochs as the others.
-    """
-    given = [source.weight for source in config.data.sources]
-    weighted = bool(given) and None not in given
-    sources = tuple(
-        StreamSource(
-            source.name,
-            source.train.tokens,
-            float(given[number] or 0) if weighted else float(source.train.tokens),
-        )
-        for number, source in enumerate(manifest.sources)
-    )
-    cuts = tuple(
-        Cut(
-            phase.first_step,
-            phase.steps,
-            phase.num_sequences,
-            phase.data_length,
-            phase.lookahead,
-        )
-        for phase in plan.phases
-    )
-    block_tokens = manifest.row_tokens
-    return Order(sources, cuts, block_tokens, config.data.shuffle_tokens, config.run.seed)
-
-
-def build_feeds(
-    plan: Plan, order: Order, manifest: Manifest, path: str | None = None
-) -> tuple[Feed, ...]:
-    """One feed a phase, over the manifest at `path` (unless given, that of the shards)."""
-    path = path or f"{manifest.folder}/manifest.json"
-    return tuple(
-        Feed(manifest.folder, path, manifest.fingerprint, order, phase.index, phase.input_bag)
-        for phase in plan.phases
-    )
 
 
 class Coordinator:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tst_ray.config import Config
-from tst_ray.coordinator import Outcome, build_order, newest_step
+from tst_ray.coordinator import Outcome, newest_step
+from tst_ray.corpus import build_order, find_prepared
 from tst_ray.display import describe_phase, duration, short_number
 from tst_ray.errors import RunError
 from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
@@ -38,7 +39,6 @@ def plan_facts(config: Config) -> dict[str, Any]:
     Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
     """
     from tst_ray.architecture import check_supported, describe, hf_config
-    from tst_ray.coordinator import find_prepared
 
     plan = build_plan(config)
     manifest = find_prepared(config)

@@ -62,6 +62,11 @@ class Feed:
         cut = self.order.cuts[self.phase]
         return cut.first_step + cut.steps
 
+    @property
+    def salt(self) -> str:
+        """Tells apart digests of equal spans in another corpus or another order."""
+        return f"{self.fingerprint}/{self.order.seed}/{self.order.block_tokens}"
+
     def rows_per_rank(self, world_size: int) -> int:
         """Rows of a local batch, filler rows included; the same on every rank."""
         return rows_per_rank(self.order.cuts[self.phase].num_sequences, world_size)

@@ -185,44 +185,76 @@ def _source_from_json(content: dict[str, Any]) -> Source:
 # ── verification ─────────────────────────────────────────────────────────────────────────────────
 
 
-def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
-    """The shards that are missing or of another size, by file name, each with what is wrong.
+VERIFY_WHOLE_BYTES = 1 << 30  # up to this size, shards are checksummed where others are only sized
 
-    Lists each source's folder once instead of asking for every file: one request for thousands.
+
+def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
+    """The shards that are missing or altered, by file name, each with what is wrong.
+
+    Sizes are always compared, by listing each source's folder once instead of asking for every
+    file: one request for thousands. Where that is cheap, SHA-256 too; else the CRC-32 of each row
+    finds an alteration when the row is read.
     """
+    sizes = _sizes(folder, shards)
+    whole = sum(shard.bytes for shard in shards) <= VERIFY_WHOLE_BYTES
+    problems = {}
+    for shard in shards:
+        problem = _size_problem(shard, sizes.get(shard.file))
+        if problem is None and whole:
+            problem = _checksum_problem(folder, shard)
+        if problem is not None:
+            problems[shard.file] = problem
+    return problems
+
+
+def _sizes(folder: str, shards: list[Shard]) -> dict[str, int]:
     filesystem, root = locate(folder)
     sizes: dict[str, int] = {}
     for name in sorted({os.path.dirname(shard.file) for shard in shards}):
         selector = pafs.FileSelector(f"{root}/{name}", allow_not_found=True)
         for info in filesystem.get_file_info(selector):
             sizes[f"{name}/{info.base_name}"] = info.size
-    problems = {}
-    for shard in shards:
-        size = sizes.get(shard.file)
-        if size is None:
-            problems[shard.file] = "is missing"
-        elif size != shard.bytes:
-            problems[shard.file] = f"has {size} bytes instead of {shard.bytes}"
-    return problems
+    return sizes
+
+
+def _size_problem(shard: Shard, size: int | None) -> str | None:
+    if size is None:
+        return "is missing"
+    return f"has {size} bytes instead of {shard.bytes}" if size != shard.bytes else None
+
+
+def _checksum_problem(folder: str, shard: Shard) -> str | None:
+    filesystem, root = locate(folder)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(f"{root}/{shard.file}", compression=None) as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if found == shard.sha256:
+        return None
+    return f"has SHA-256 {found[:12]}… instead of {shard.sha256[:12]}…: it was altered"
+
+
+def verify_shards(manifest: Manifest) -> None:
+    """Check every shard (see `damaged_shards`). Raises DataError naming the first that fails."""
+    for file, problem in damaged_shards(manifest.folder, list(manifest.shards())).items():
+        raise DataError(f"shard {manifest.folder}/{file} {problem}; {PREPARE_AGAIN}")
 
 
 def verify_sizes(manifest: Manifest) -> None:
     """Check that every shard exists with its size. Raises DataError naming the first that fails."""
-    for file, problem in damaged_shards(manifest.folder, list(manifest.shards())).items():
-        raise DataError(f"shard {manifest.folder}/{file} {problem}; {PREPARE_AGAIN}")
+    shards = list(manifest.shards())
+    sizes = _sizes(manifest.folder, shards)
+    for shard in shards:
+        problem = _size_problem(shard, sizes.get(shard.file))
+        if problem is not None:
+            raise DataError(f"shard {manifest.folder}/{shard.file} {problem}; {PREPARE_AGAIN}")
 
 
 def verify_checksums(manifest: Manifest) -> None:
     """Check the SHA-256 of every shard: reads the whole corpus. Raises DataError."""
     verify_sizes(manifest)
-    filesystem, root = locate(manifest.folder)
     for shard in manifest.shards():
-        digest = hashlib.sha256()
-        with filesystem.open_input_stream(f"{root}/{shard.file}", compression=None) as stream:
-            while chunk := stream.read(2**22):
-                digest.update(chunk)
-        if digest.hexdigest() != shard.sha256:
-            raise DataError(
-                f"shard {manifest.folder}/{shard.file} has SHA-256 {digest.hexdigest()[:12]}… "
-                f"instead of {shard.sha256[:12]}…: it was altered; {PREPARE_AGAIN}"
-            )
+        problem = _checksum_problem(manifest.folder, shard)
+        if problem is not None:
+            raise DataError(f"shard {manifest.folder}/{shard.file} {problem}; {PREPARE_AGAIN}")

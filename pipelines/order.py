@@ -3,7 +3,7 @@
     source    its training tokens, end to end: linear positions 0 … N−1
     epoch     the same tokens with their blocks permuted            (stream offsets 0 … N−1)
     cell      data_length consecutive stream tokens + lookahead      one training sequence
-    group     ~shuffle_tokens of neighbouring cells, permuted        what a reader keeps in memory
+    group     ~shuffle_tokens of neighbouring cells, permuted        so that few rows serve a step
     step      the next num_sequences cells, drawn from the sources by weight
 
 A run has one cursor, the number of finished steps. It runs through all phases: a phase cuts the
@@ -17,6 +17,7 @@ shorter than one sequence (`Order.tail_tokens`), whatever the phases' cell lengt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from pipelines.errors import DataError
 from pipelines.permute import Int64, combine, permute
 
 _BLOCKS, _CELLS = 1, 2  # domains of the keys: no permutation shares its key with another's
-_WEIGHT_UNIT = 1 << 20  # weights are rounded to this; 2^63 / 2^20 sequences fit in an int64
+_WEIGHT_UNIT = 1 << 22  # weights are rounded to this; 2^63 / 2^22 sequences fit in an int64
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Order:
     def __post_init__(self) -> None:
         if not any(source.weight > 0 for source in self.sources):
             raise DataError("data.sources: every weight is 0; give at least one a positive weight")
+        for source, (part, _) in zip(self.sources, self._shares, strict=True):
+            if source.weight > 0 and part == 0:
+                raise DataError(
+                    f"data.sources: {source.name} has a share of less than 1 in {_WEIGHT_UNIT:,} "
+                    "of the sequences and would never be read; give it a larger weight, or 0"
+                )
         for source in self.sources:
             for cut in self.cuts:
                 need = cut.data_length + cut.lookahead
@@ -152,7 +159,7 @@ class Order:
         )
 
     def tail_tokens(self, phase: int) -> tuple[int, ...]:
-        """Tokens at the end of each source's epoch that fill no sequence of that phase's cut."""
+        """Tokens at the end of each whole epoch that fill no sequence of that phase's cut."""
         cut = self.cuts[phase]
         return tuple(
             source.num_tokens - _cells_in(source.num_tokens, cut) * cut.data_length
@@ -260,7 +267,7 @@ def span_hashes(spans: Spans, salt: str) -> Int64:
     A multiset hash (Bellare & Micciancio's AdHash): lane sums modulo 2^16 identify the set of
     spans. Lanes this small add exactly in float64, so they can ride along in any all-reduce.
     """
-    seed = int.from_bytes(salt.encode()[:8].ljust(8, b"\0"), "little")
+    seed = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "little")
     fields = (spans.source, spans.epoch, spans.offset, spans.length)
     words = np.stack([combine(seed, lane, *fields) for lane in range(2)], axis=1)
     return words.view(np.uint16).reshape(len(spans), 8).astype(np.int64)

@@ -205,6 +205,26 @@ def test_a_run_directory_of_another_config(capsys: Capsys, tmp_path: Path, shard
             assert path.read_bytes() == content, path
 
 
+def test_a_damaged_last_checkpoint_is_trained_again(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
+) -> None:
+    """Never an older model in silence: back to the checkpoint before, and on from there."""
+    args = arguments(tmp_path, None, **prepared(shards), checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    run = tmp_path / "bad"
+    model = (run / "model" / "model.safetensors").read_bytes()
+    data = next((run / "checkpoints" / "step-00000004").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(bytes(content))
+    capfd.readouterr()
+    assert main(["run", *args]) == 0
+    assert "the last checkpoint is damaged; going back to step 2" in capfd.readouterr().out
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "checkpoint_damaged"] == [4]
+    assert (run / "model" / "model.safetensors").read_bytes() == model
+
+
 def test_an_address_without_a_cluster(
     capsys: Capsys, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

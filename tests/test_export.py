@@ -49,7 +49,7 @@ def test_its_logits_are_the_trainers(run: Storage, tmp_path: Path) -> None:
 def test_any_checkpoint_can_be_exported(run: Storage, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    first = export_run(run, str(tmp_path / "first"), step=2)
+    _, first = export_run(run, str(tmp_path / "first"), step=2)
     weights = load_file(f"{first}/model.safetensors")
     last = load_file(run.at("model/model.safetensors"))
     assert any(not torch.equal(weights[name], last[name]) for name in last)
@@ -69,8 +69,15 @@ def test_the_command_writes_it_again(
     ).read_bytes()
 
 
+def test_a_folder_with_other_files_is_left_alone(run: Storage, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds other files than a model"):
+        export_run(run, str(tmp_path))
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
 def test_samples_are_text(run: Storage) -> None:
-    samples = sample_text(run, run.at("model"), num_samples=2, length=5)
+    samples = sample_text(run.at("model"), num_samples=2, length=5)
     assert len(samples) == 2
     assert all(isinstance(sample, str) for sample in samples)
 

@@ -230,19 +230,15 @@ def test_phases_with_the_same_workers_share_a_group(
 
 
 @pytest.mark.slow
-def test_what_a_restart_would_only_meet_again_stops_the_run(place: Path, text: Path) -> None:
+def test_what_a_restart_would_only_meet_again_stops_the_run(
+    place: Path, text: Path, undisturbed: tuple[Path, str]
+) -> None:
     """A model folder without weights, found by a worker: one line, no second attempt."""
     folder = place / "no-weights"
-    folder.mkdir()
-    config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    arguments = command(
-        place / "runs", text, "fatal", model__source=folder, model__pretrained="true"
-    )
+    shutil.copytree(undisturbed[0] / "model", folder)
+    (folder / "model.safetensors").unlink()
+    changes = {"model__source": folder, "model__pretrained": "true", "data__tokenizer": folder}
+    arguments = command(place / "runs", text, "fatal", **changes)
     arguments = [argument for argument in arguments if not argument.startswith("--model.config")]
     log = place / "fatal.log"
     assert start(arguments, log).wait(timeout=PATIENCE_S) == 1

@@ -22,6 +22,7 @@ def test_the_config_is_written_once(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with open_run(config) as run:
         first = run.read("config.yaml")
+        run.write("plan.json", "{}")
     with open_run(make_config(tmp_path, "--checkpoint.every=7")) as run:
         assert run.read("config.yaml") == first
 
@@ -29,6 +30,7 @@ def test_the_config_is_written_once(tmp_path: Path) -> None:
 def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path: Path) -> None:
     with open_run(make_config(tmp_path)) as run:
         before = run.read("config.yaml")
+        run.write("plan.json", "{}")
     other = make_config(tmp_path, "--train.batch_size=8", "--run.seed=3")
     with pytest.raises(ConfigError) as caught, open_run(other):
         pass
@@ -36,6 +38,14 @@ def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path:
     assert "train.batch_size" in message and "16" in message and "8" in message
     assert "run.seed" in message
     assert run.read("config.yaml") == before
+
+
+def test_what_was_refused_before_it_began_binds_nobody(tmp_path: Path) -> None:
+    """A wrong path, corrected, must not be taken for another run."""
+    with open_run(make_config(tmp_path, "--data.sources=[tezt]")):
+        pass
+    with open_run(make_config(tmp_path, "--data.sources=[text]")) as run:
+        assert b"tezt" not in run.read("config.yaml")
 
 
 def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:

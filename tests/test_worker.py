@@ -192,3 +192,22 @@ def test_random_numbers_are_a_function_of_the_step() -> None:
 
     assert draw(0, 5, 1) == draw(0, 5, 1)
     assert len({draw(0, 5, 1), draw(0, 5, 0), draw(0, 6, 1), draw(1, 5, 1)}) == 4
+
+
+def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Manifest) -> None:
+    """Workers can outlive a driver that was killed; two must not write one run."""
+    from tst_ray.errors import RunError
+    from tst_ray.worker import Trainer
+
+    job = make_job(make_config(tmp_path, manifest), manifest)
+    old = Trainer(job, Place())
+    old.restore()
+    new = Trainer(job, Place())
+    new.restore()
+    assert (old.attempt, new.attempt) == (1, 2)
+    new.write_state(0)
+    with pytest.raises(RunError, match="another attempt of this run has taken over"):
+        old.write_state(0)
+    old.save(3)
+    old.checkpointer.wait()
+    assert committed(Storage(job.run_url) / "checkpoints") == []

@@ -4,6 +4,7 @@
         __0_0.distcp …  .metadata    written by torch.distributed.checkpoint, each rank its own
         meta.json                    step, world size, and every file's size and SHA-256
         COMMITTED                    the SHA-256 of meta.json; written last, by rank 0
+        DAMAGED                      only where a file was once found altered or missing
 
 A checkpoint without COMMITTED does not exist. One whose files do not match meta.json is damaged:
 `find_good` says so and takes the one before. DCP stores whole tensors by name and piece, so a
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -34,7 +36,8 @@ from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
 
-MARKER, META = "COMMITTED", "meta.json"
+MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
+_STEP_FOLDER = re.compile(r"step-\d{8,}")
 _HASH_CHUNK_BYTES = 1 << 20
 
 OnEvent = Callable[..., None]  # called as on_event(kind, **details)
@@ -54,14 +57,18 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def committed(root: Storage) -> list[CheckpointInfo]:
-    """The committed checkpoints under `root`, newest first; not verified."""
+def committed(root: Storage, damaged: bool = False) -> list[CheckpointInfo]:
+    """The committed checkpoints under `root`, newest first; not verified.
+
+    Args:
+        damaged: whether to list those too that were once found damaged.
+    """
     found = []
     for name in root.names():
-        if not name.startswith("step-"):
+        if not _STEP_FOLDER.fullmatch(name):
             continue
         folder = root / name
-        if folder.exists(MARKER):
+        if folder.exists(MARKER) and (damaged or not folder.exists(DAMAGED)):
             found.append(CheckpointInfo(int(name.removeprefix("step-")), folder, {}))
     return sorted(found, key=lambda info: -info.step)
 
@@ -100,13 +107,12 @@ def verify_file(folder: Storage, entry: dict[str, Any]) -> str | None:
 def verify(info: CheckpointInfo, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files; None where nothing is."""
     try:
-        files = read_meta(info).meta["files"]
-    except ValueError as error:
-        return str(error)
-    for entry in files[rank::world_size]:
-        problem = verify_file(info.folder, entry)
-        if problem:
-            return problem
+        for entry in read_meta(info).meta["files"][rank::world_size]:
+            problem = verify_file(info.folder, entry)
+            if problem:
+                return problem
+    except Exception as error:  # whatever keeps a file from being read, other ranks must hear of it
+        return _one_line(error)
     return None
 
 
@@ -114,29 +120,36 @@ def find_good(
     root: Storage,
     on_event: OnEvent,
     *,
-    agree: Callable[[str | None], str | None] = lambda problem: problem,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
     rank: int = 0,
     world_size: int = 1,
 ) -> CheckpointInfo | None:
     """The newest checkpoint that verifies; None where none was ever committed.
 
-    Every rank calls this; each verifies its share of the files.
+    Every rank calls this; each verifies its share of the files. A damaged checkpoint is marked, so
+    that those who do not verify do not count on it; mended, it counts again.
 
     Args:
-        agree: gives every rank the first problem that any rank found.
+        gather: gives every rank the value of each rank, in their order.
 
     Raises:
         RunError: there are committed checkpoints, and all are damaged.
     """
-    candidates = committed(root)
+    # Rank 0's listing for all: on a shared filesystem another rank's may be older.
+    candidates: list[CheckpointInfo] = gather(committed(root, damaged=True))[0]
     for info in candidates:
-        problem = agree(verify(info, rank, world_size))
+        problems = gather(verify(info, rank, world_size))
+        problem = next((problem for problem in problems if problem), None)
         if problem is None:
+            if rank == 0:
+                info.folder.remove(DAMAGED)
             return read_meta(info)
         log.warning(
             "checkpoint %s is damaged (%s); trying the one before", info.folder.url, problem
         )
-        on_event("checkpoint_damaged", step=info.step, problem=problem)
+        if rank == 0 and not info.folder.exists(DAMAGED):
+            info.folder.write(DAMAGED, problem + "\n")
+            on_event("checkpoint_damaged", step=info.step, problem=problem)
     if candidates:
         raise RunError(
             f"all {len(candidates)} checkpoints under {root.url} are damaged, {candidates[0].step} "
@@ -153,14 +166,24 @@ class Checkpointer:
         keep: how many committed checkpoints stay; older ones are removed.
         background: stage, then write while training goes on; otherwise write before returning.
         on_event: told of "checkpoint", "checkpoint_failed", "checkpoint_damaged" (rank 0 only).
+        is_current: whether this attempt is still the run's; another's checkpoints are not touched.
     """
 
-    def __init__(self, root: Storage, *, keep: int, background: bool, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        root: Storage,
+        *,
+        keep: int,
+        background: bool,
+        on_event: OnEvent,
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.root, self.keep, self.background = root, keep, background
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         self._on_event = on_event if self.rank == 0 else (lambda kind, **details: None)
+        self._is_current = is_current
         self._group = dist.new_group(backend="gloo") if self.distributed else None
         self._thread: threading.Thread | None = None
         self.failed_saves = 0  # in a row
@@ -174,7 +197,7 @@ class Checkpointer:
         return find_good(
             self.root,
             self._on_event,
-            agree=self._first,
+            gather=self._gather,
             rank=self.rank,
             world_size=self.world_size,
         )
@@ -194,8 +217,8 @@ class Checkpointer:
             state: tensors, DTensors and plain values by name; may change once this returns.
             meta: what meta.json says besides step, world size and files.
         """
-        self.wait()
         started = time.perf_counter()
+        self.wait()
         try:
             pending = self._start(step, state)
         except Exception as error:
@@ -215,23 +238,31 @@ class Checkpointer:
             self._thread = None
 
     def _start(self, step: int, state: dict[str, Any]) -> tuple[Any, Path | None]:
+        """Stage the state and begin to write; raises on every rank if any rank cannot."""
         import torch.distributed.checkpoint as dcp
 
-        folder = self.root / folder_name(step)
-        scratch = None
-        if self.rank == 0:
-            folder.remove()  # what an interrupted save of the same step left; never committed
-            folder.make()
-        if self.root.is_local:
-            if self.distributed:
-                dist.barrier(group=self._group)
-            target = folder.path
-        else:
-            scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-            target = str(scratch)
+        problem, scratch = None, None
+        try:
+            scratch = self._make_place(self.root / folder_name(step))
+        except Exception as error:
+            problem = _one_line(error)
+        # A rank that went on alone would wait for the others for ever.
+        problems = [other for other in self._gather(problem) if other]
+        if problems:
+            raise OSError(problems[0])
+        target = str(scratch) if scratch else (self.root / folder_name(step)).path
         writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
         future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         return future, scratch
+
+    def _make_place(self, folder: Storage) -> Path | None:
+        """An empty folder for the checkpoint; a local one to upload from where it is remote."""
+        if self.rank == 0:
+            if not self._is_current():
+                raise OSError("another attempt of this run has taken over")
+            folder.remove()  # what an interrupted save left, or a damaged one that is done again
+            folder.make()
+        return None if self.root.is_local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
 
     def _finish(
         self,
@@ -244,23 +275,13 @@ class Checkpointer:
         """In the checkpoint thread: wait for the files, hash them, commit, clear old ones."""
         future, scratch = pending
         folder = self.root / folder_name(step)
-        files: list[dict[str, Any]] | Exception
         try:
-            future.result()
-            files = self._own_files(folder, scratch)
-        except Exception as error:
-            files = error
-        gathered = self._gather(files)
-        failures = [entry for entry in gathered if isinstance(entry, Exception)]
-        if failures:
-            self._failed(step, failures[0])
-        elif self.rank == 0:
-            try:
+            gathered = self._gather(self._written_files(future, folder, scratch))
+            failures = [entry for entry in gathered if isinstance(entry, str)]
+            if failures:
+                raise OSError(failures[0])
+            if self.rank == 0:
                 num_bytes = self._commit(step, folder, gathered, meta)
-            except Exception as error:
-                self._failed(step, error)
-            else:
-                self.failed_saves = 0
                 self._on_event(
                     "checkpoint",
                     step=step,
@@ -268,8 +289,25 @@ class Checkpointer:
                     seconds=round(time.perf_counter() - started, 3),
                     stall_s=round(stall_s, 4),
                 )
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+            self.failed_saves = 0
+        except Exception as error:
+            self._failed(step, error)
+            return
+        finally:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+        if self.rank == 0:
+            self._prune(step)
+
+    def _written_files(
+        self, future: Any, folder: Storage, scratch: Path | None
+    ) -> list[dict[str, Any]] | str:
+        """This rank's files once they are written, or what went wrong."""
+        try:
+            future.result()
+            return self._own_files(folder, scratch)
+        except Exception as error:
+            return _one_line(error)
 
     def _own_files(self, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
         """This rank's files with size and checksum; uploaded where storage is not local."""
@@ -295,18 +333,23 @@ class Checkpointer:
             indent=2,
         )
         folder.write(META, content)
+        if not self._is_current():
+            raise OSError("another attempt of this run has taken over")
         folder.write(MARKER, hashlib.sha256(content.encode()).hexdigest() + "\n")
-        self._prune(step)
         return sum(entry["bytes"] for entry in files)
 
     def _prune(self, newest: int) -> None:
         """Remove what is older than the last `keep`, and what was never committed."""
-        kept = {info.step for info in committed(self.root)[: self.keep]}
-        for name in self.root.names():
-            if name.startswith("step-") and int(name[5:]) < newest and int(name[5:]) not in kept:
-                folder = self.root / name
-                folder.remove(MARKER)  # first: half a checkpoint must not look like one
-                folder.remove()
+        try:
+            kept = {folder_name(info.step) for info in committed(self.root)[: self.keep]}
+            for name in self.root.names():
+                older = _STEP_FOLDER.fullmatch(name) and name < folder_name(newest)
+                if older and name not in kept:
+                    folder = self.root / name
+                    folder.remove(MARKER)  # first: half a checkpoint must not look like one
+                    folder.remove()
+        except Exception as error:
+            log.warning("old checkpoints under %s stay: %s", self.root.url, error)
 
     def _failed(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
@@ -319,9 +362,6 @@ class Checkpointer:
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
-
-    def _first(self, problem: str | None) -> str | None:
-        return next((other for other in self._gather(problem) if other), None)
 
 
 def load_full(info: CheckpointInfo, state: dict[str, Any]) -> None:

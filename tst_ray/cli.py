@@ -159,7 +159,7 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     from tst_ray.export import export_run
     from tst_ray.storage import Storage
 
-    print(export_run(Storage(args.run), args.to, args.step))
+    print(export_run(Storage(args.run), args.to, args.step)[1])
 
 
 def _settings(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -15,24 +15,25 @@ nothing: the same command finds the newest committed checkpoint and goes on in t
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, verify_shards
+from pipelines.storage import locate
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
-from tst_ray.corpus import build_feeds, build_order, check_shards, prepare_corpus
+from tst_ray.corpus import build_feeds, build_order, prepare_corpus
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.metrics import METRICS, add_event, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events, update_state
-from tst_ray.session import check_capacity, ray_session, worker_resources
+from tst_ray.session import check_capacity, ray_session, worker_resources, workers_that_fit
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
@@ -58,6 +59,7 @@ class Outcome:
         records: the last line of metrics.jsonl of each phase.
         val_loss: the final validation loss in nats; None where no text was held out.
         samples: a few continuations by the trained model.
+        log_path: where Ray's output went; None without Ray.
     """
 
     run: Storage
@@ -66,6 +68,7 @@ class Outcome:
     val_loss: float | None
     model_folder: str
     samples: tuple[str, ...]
+    log_path: str | None
 
 
 def prepare_only(config: Config, say: Say) -> Manifest:
@@ -88,6 +91,7 @@ class Coordinator:
         self.config, self.terminal, self.say = config, terminal, terminal.say
         self.plan = build_plan(config)
         self.state = State.PREPARE
+        self.log_path: str | None = None
 
     def run(self) -> Outcome:
         """Train to the end.
@@ -102,15 +106,23 @@ class Coordinator:
                     return self._drive(run, self._train_inline, "inline")
                 return self._with_ray(run)
             except BaseException as error:
-                self.state = State.FAILED
-                if run.exists("run.json"):
-                    update_state(run, status="failed")
-                add_event(run, "failed", error=_one_line(error))
+                self._record_failure(run, error)
+                if isinstance(error, DataError):
+                    raise RunError(f"{run.url}: {error}") from error
                 raise
 
+    def _record_failure(self, run: Storage, error: BaseException) -> None:
+        """Note how the run stopped; what was refused before training changes nothing."""
+        trained = self.state not in (State.PREPARE, State.PLAN)
+        self.state = State.FAILED
+        with contextlib.suppress(Exception):  # the error itself is what the user must see
+            if trained:
+                update_state(run, status="failed")
+                add_event(run, "failed", error=_one_line(error))
+
     def _with_ray(self, run: Storage) -> Outcome:
-        log_path = run.path if run.is_local else str(Path.cwd())
-        with self.terminal.quiet(f"{log_path}/ray.log"):
+        self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
+        with self.terminal.quiet(self.log_path):
             self.say("starting Ray")
             with ray_session(self.config, self.plan):
                 check_capacity(self.config, self.plan, self.say)
@@ -123,17 +135,15 @@ class Coordinator:
         order = build_order(self.config, self.plan, manifest)
         feeds = build_feeds(self.plan, order, manifest, run.location(MANIFEST))
         self._record_plan(run, manifest)
-        for number, stage in enumerate(self.plan.stages()):
-            step = newest_step(run)
-            if step >= stage[-1].last_step:
-                continue
-            if number and step == stage[0].first_step:
-                self._enter(State.SWITCH)
-                add_event(run, "switch", step=step, workers=_workers(stage[0]))
-            self._enter(State.TRAIN)
-            self._announce(stage, step)
-            self._train(run, feeds, stage, train_stage)
-        return self._finish(run, backend)
+        while True:
+            for number, stage in enumerate(self.plan.stages()):
+                self._train(run, feeds, stage, train_stage, switched=number > 0)
+            self._enter(State.EXPORT)
+            self.say("writing the model folder")
+            step, samples = _call(backend, export_model, run.url)
+            if step == self.plan.total_steps:
+                return self._finish(run, samples)
+            self.say(f"the last checkpoint is damaged; going back to step {step:,}")
 
     def _corpus_of(self, run: Storage, backend: str) -> Manifest:
         """The shards that the run began with; for a new run, those of its text.
@@ -146,7 +156,7 @@ class Coordinator:
             try:
                 # Text that was added since must not keep a run from going on.
                 manifest = Manifest.load(before["shards"], run.location(MANIFEST))
-                check_shards(manifest)
+                verify_shards(manifest)
                 return manifest
             except DataError as error:
                 self.say(f"{error}; preparing the text again")
@@ -172,16 +182,26 @@ class Coordinator:
         feeds: tuple[Feed, ...],
         stage: tuple[Phase, ...],
         train_stage: Callable[..., None],
+        switched: bool,
     ) -> None:
+        """Train what is left of a stage, from the newest committed checkpoint."""
         from tst_ray.display import watch
         from tst_ray.worker import Job
 
-        job = Job(self.config, self.plan, feeds, run.url, stage[-1].last_step)
+        step, last_step = newest_step(run), stage[-1].last_step
+        if step >= last_step:
+            return
+        if switched and step == stage[0].first_step:
+            self._enter(State.SWITCH)
+            add_event(run, "switch", step=step, workers=_workers(stage[0]))
+        self._enter(State.TRAIN)
+        self._announce(stage, step)
+        job = Job(self.config, self.plan, feeds, run.url, last_step)
         with watch(run, self.plan, self.terminal):
             train_stage(run, job, stage)
-        if newest_step(run) < job.last_step:
+        if newest_step(run) < last_step:
             raise RunError(
-                f"{run.url}: training reached step {job.last_step}, but its checkpoint was not "
+                f"{run.url}: training reached step {last_step}, but its checkpoint was not "
                 "committed; see events.jsonl there, and run the same command again"
             )
 
@@ -222,11 +242,7 @@ class Coordinator:
         how = f"resuming at step {step:,}" if step else "from the first step"
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
 
-    def _finish(self, run: Storage, backend: str) -> Outcome:
-        self._enter(State.EXPORT)
-        self.say("writing the model folder")
-        folder = run / "model"
-        samples = _call(backend, export_model, run.url, folder.url)
+    def _finish(self, run: Storage, samples: list[str]) -> Outcome:
         records = run.read_lines(METRICS)
         last = tuple(
             next(r for r in reversed(records) if r["phase"] == phase.index)
@@ -241,24 +257,32 @@ class Coordinator:
             add_event(run, "finish", **final)
         update_state(run, status="finished", **final)
         self._enter(State.FINISHED)
-        return Outcome(run, self.plan, last, val_loss, folder.url, tuple(samples))
+        model_folder = (run / "model").url
+        return Outcome(run, self.plan, last, val_loss, model_folder, tuple(samples), self.log_path)
 
     def _enter(self, state: State) -> None:
         self.state = state
 
 
 def newest_step(run: Storage) -> int:
-    """The step of the newest committed checkpoint; 0 where there is none. Workers verify it."""
+    """The step of the newest committed checkpoint that nobody found damaged; 0 without any.
+
+    Workers, who verify before they load, may find it damaged and go back to an earlier one.
+    """
     found = committed(run / "checkpoints")
     return found[0].step if found else 0
 
 
-def export_model(run_url: str, folder: str) -> list[str]:
-    """Export and sample; runs where tensors may live, not in the driver."""
+def export_model(run_url: str) -> tuple[int, list[str]]:
+    """Export the newest good checkpoint and sample; runs where tensors may live.
+
+    Returns:
+        the checkpoint's step, and the samples.
+    """
     from tst_ray.export import export_run, sample_text
 
-    export_run(Storage(run_url), folder)
-    return sample_text(Storage(run_url), folder)
+    step, folder = export_run(Storage(run_url))
+    return step, sample_text(folder)
 
 
 def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
@@ -269,7 +293,7 @@ def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers: Any = (phase.min_workers, phase.max_workers)
+    workers: Any = (phase.min_workers, workers_that_fit(config, phase.max_workers))
     gpus = config.cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
@@ -283,7 +307,7 @@ def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
             # Ray Train would take a known name for a run of its own to restore. What restores ours
             # is the newest committed checkpoint, which is newer than what Ray has been told of.
             name=f"group-{uuid.uuid4().hex[:8]}",
-            storage_path=(run / "ray").url,
+            **_ray_storage(run),
             failure_config=ray.train.FailureConfig(max_failures=config.fault.max_failures),
             callbacks=[_stop_on_user_error()],
         ),
@@ -292,6 +316,14 @@ def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
         dataset_config=_phase_data(run.url),
     )
     trainer.fit()
+
+
+def _ray_storage(run: Storage) -> dict[str, Any]:
+    """Where Ray Train keeps its own state: beside the run's, opened as the shards are."""
+    if run.is_local:
+        return {"storage_path": run.at("ray")}
+    filesystem, path = locate(run.location("ray"))
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -377,8 +409,12 @@ def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:
     if backend == "inline":
         return function(*args)
     import ray
+    from ray.exceptions import RayTaskError
 
-    return ray.get(ray.remote(function).options(num_cpus=1).remote(*args))
+    try:
+        return ray.get(ray.remote(function).options(num_cpus=1).remote(*args))
+    except RayTaskError as error:
+        raise error.cause from None  # the function's own error, without Ray's frames around it
 
 
 def _workers(phase: Phase) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.corpus import SourceSpec
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
-from pipelines.manifest import Manifest, verify_checksums, verify_sizes
+from pipelines.manifest import Manifest, verify_shards
 from pipelines.order import Cut, Order, StreamSource
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
@@ -23,7 +23,6 @@ from tst_ray.plan import Plan
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
-_VERIFY_WHOLE_BYTES = 1 << 30  # a corpus of up to this size is checksummed before each start
 
 
 def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
@@ -39,24 +38,10 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     else:
         sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
-    check_shards(manifest)
+    verify_shards(manifest)
     if not any(source.validation.tokens for source in manifest.sources):
         say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest
-
-
-def check_shards(manifest: Manifest) -> None:
-    """Verify every shard's size, and in a corpus that is not large every byte.
-
-    Whatever the size, the checksum of each row is verified when it is read.
-
-    Raises:
-        DataError: naming the shard.
-    """
-    if sum(shard.bytes for shard in manifest.shards()) <= _VERIFY_WHOLE_BYTES:
-        verify_checksums(manifest)
-    else:
-        verify_sizes(manifest)
 
 
 def find_prepared(config: Config) -> Manifest | None:

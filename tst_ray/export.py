@@ -9,6 +9,7 @@ Nothing of this project is needed to load the folder.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,10 +20,14 @@ import yaml
 from tst_ray.checkpoint import CheckpointInfo, find_good, load_full
 from tst_ray.config import Config
 from tst_ray.errors import RunError
+from tst_ray.metrics import add_event
 from tst_ray.storage import Storage
 
+log = logging.getLogger(__name__)
+_MAX_SAMPLED_BYTES = 4 << 30
 
-def export_run(run: Storage, folder: str | None = None, step: int | None = None) -> str:
+
+def export_run(run: Storage, folder: str | None = None, step: int | None = None) -> tuple[int, str]:
     """Write the model of a run as a Hugging Face folder.
 
     Args:
@@ -31,16 +36,18 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
         step: which checkpoint; None takes the newest that verifies.
 
     Returns:
-        the folder.
+        the checkpoint's step, and the folder.
 
     Raises:
         RunError: there is no run, no checkpoint, or none intact.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from transformers.utils import logging as transformers_logging
 
     from pipelines.shards import Manifest
     from tst_ray.model import build_model, hf_config
 
+    transformers_logging.disable_progress_bar()
     config, plan = _read_run(run)
     info = _pick(run, step)
     manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
@@ -63,28 +70,42 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
         model.hf_model.save_pretrained(scratch)
         _copy_tokenizer(Storage(manifest.tokenizer_folder), Path(scratch))
         _publish(Path(scratch), Storage(target))
-    return target
+    return info.step, target
 
 
-def sample_text(run: Storage, folder: str, num_samples: int = 3, length: int = 60) -> list[str]:
+def sample_text(folder: str, num_samples: int = 3, length: int = 60) -> list[str]:
     """Continuations of nothing (the end-of-text token) by the exported model; one string each.
 
-    Empty where the folder is not local: `transformers` loads local folders only.
+    Only for show, so nothing that goes wrong here may fail a trained run: it gives no samples then,
+    nor where the folder is not local (`transformers` loads local folders) or the model too large.
     """
     storage = Storage(folder)
-    if not storage.is_local:
+    if not storage.is_local or _weights_bytes(storage) > _MAX_SAMPLED_BYTES:
         return []
+    try:
+        return _sample(storage.path, num_samples, length)
+    except Exception as error:  # generation has as many ways to fail as there are models
+        log.warning("no samples: %s", error)
+        return []
+
+
+def _weights_bytes(folder: Storage) -> int:
+    return sum(folder.size(name) for name in folder.names() if name.endswith(".safetensors"))
+
+
+def _sample(folder: str, num_samples: int, length: int) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(storage.path)
-    model = AutoModelForCausalLM.from_pretrained(storage.path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    longest = getattr(model.config, "max_position_embeddings", None) or length + 1
     torch.manual_seed(0)
     prompt = torch.full((num_samples, 1), tokenizer.eos_token_id)
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=length,
+        max_new_tokens=max(min(length, longest - 1), 1),
         do_sample=True,
         temperature=0.8,
         top_p=0.95,
@@ -105,7 +126,7 @@ def _pick(run: Storage, step: int | None) -> CheckpointInfo:
 
     root = run / "checkpoints"
     if step is None:
-        info = find_good(root, lambda kind, **details: None)
+        info = find_good(root, lambda kind, **details: add_event(run, kind, **details))
         if info is None:
             raise RunError(f"{run.url}: has no checkpoint yet; nothing to export")
         return info
@@ -133,8 +154,20 @@ def _publish(scratch: Path, target: Storage) -> None:
             target.upload(str(path), path.name)
         return
     place = Path(target.path)
+    if place.exists() and not _may_replace(place):
+        raise RunError(f"{place}: holds other files than a model; name an empty or a new folder")
     fresh = place.with_name(f".{place.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(scratch, fresh)
-    shutil.rmtree(place, ignore_errors=True)
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
     fresh.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _may_replace(place: Path) -> bool:
+    """Whether a folder is empty, or a model that was written here before."""
+    names = {path.name for path in place.iterdir()} if place.is_dir() else {"a file"}
+    return not names or ("config.json" in names and any(n.endswith(".safetensors") for n in names))

@@ -75,10 +75,10 @@ class MetricsLog:
         self._flushed_at = time.monotonic()
         self._board = SummaryWriter(
             (run / TENSORBOARD).path if run.is_local else (run / TENSORBOARD).url,
-            purge_step=step + 1 if step else None,
+            purge_step=step + 1,
         )
         if step == 0:
-            self._board.add_text("config", f"```yaml\n{config_text}\n```", 0)
+            self._board.add_text("config", f"```yaml\n{config_text}\n```", 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one step's record."""
@@ -123,12 +123,13 @@ def write_hparams(run: Storage, hparams: dict[str, Any], final: dict[str, float]
         for name, value in flatten(hparams).items()
         if value is not None
     }
+    step = int(final.get("step", 0))
     metrics = {f"final/{name}": value for name, value in final.items()}
     # The writer's own add_hparams would open a second run beside this one's curves.
     for summary in hparams_summary(flat, metrics):
-        board._get_file_writer().add_summary(summary)
+        board._get_file_writer().add_summary(summary, step)
     for name, value in metrics.items():
-        board.add_scalar(name, value, int(final.get("step", 0)))
+        board.add_scalar(name, value, step)
     board.close()
 
 

@@ -115,12 +115,12 @@ class SuperpositionLM(nn.Module):
         with_router = self.has_router and phase is not None
         if phase is None or phase.bag_size == 1:
             hidden, routing = self._hidden(tokens[:, :-1], with_router)
-            total = self._next_token_loss(hidden, _ignore_fillers(tokens[:, 1:], num_real))
+            loss = self._next_token_loss(hidden, _ignore_fillers(tokens[:, 1:], num_real))
+            loss = loss / denominator
         else:
             inputs, targets = _inputs_and_targets(tokens, phase)
             hidden, routing = self._hidden(inputs, with_router)
-            total = self._bag_loss(hidden, _ignore_fillers(targets, num_real), phase)
-        loss = total / denominator
+            loss = self._bag_loss(hidden, _ignore_fillers(targets, num_real), phase, denominator)
         if not routing:
             return StepLoss(loss, loss.detach(), torch.zeros_like(loss))
         router_loss = self._router_loss(routing, num_real * hidden.shape[1], denominator)
@@ -174,8 +174,10 @@ class SuperpositionLM(nn.Module):
         logits_NV = logits_NV.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits_NV, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
 
-    def _bag_loss(self, hidden_nLd: Tensor, targets_nLs: Tensor, phase: Phase) -> Tensor:
-        """Σ over positions of the multi-hot cross-entropy."""
+    def _bag_loss(
+        self, hidden_nLd: Tensor, targets_nLs: Tensor, phase: Phase, denominator: int
+    ) -> Tensor:
+        """Σ over positions of the multi-hot cross-entropy, divided by the denominator."""
         if self._scale != 1:
             hidden_nLd = hidden_nLd * self._scale
         targets_Ns = targets_nLs.flatten(0, 1)
@@ -187,14 +189,17 @@ class SuperpositionLM(nn.Module):
             IGNORE,
             loss="mce_alt" if phase.loss == "mce_alt" else "mce",
             reduction="sum",
+            divisor=denominator,
         )
 
     def _router_loss(self, routing: tuple[Tensor, ...], num_real: int, denominator: int) -> Tensor:
-        """The load-balancing loss (Switch Transformer, equations 4–6), over the global batch.
+        """The load-balancing loss (Switch Transformer, equations 4–6), over all ranks.
 
         E·Σ_e f_e·P_e, with f_e the tokens sent to expert e and P_e its mean probability, over all
         layers. f has no gradient, so it is summed over the ranks, and each rank's share of the loss
-        is then linear in its own rows: the sum does not depend on the world size.
+        is then linear in its own rows. f is that of one micro-batch on all ranks: without
+        accumulation that is the global batch, at any world size; with it, the size of the
+        micro-batches shows, as it does wherever this loss is accumulated.
 
         Args:
             routing: each layer's router logits [N, E]; its first `num_real` rows count.

@@ -284,5 +284,5 @@ def print_summary(outcome: Outcome, console: Console) -> None:
     say(f"run directory:  {run.url}")
     say(f"curves:         tensorboard --logdir {run.url}/{TENSORBOARD}")
     say(f"model folder:   {outcome.model_folder}")
-    if run.exists("ray.log"):
-        say(f"Ray's own logs: {run.url}/ray.log")
+    if outcome.log_path:
+        say(f"Ray's own logs: {outcome.log_path}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -31,6 +32,9 @@ CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
 STATE, LOCK = "run.json", "driver.lock"
 _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
 _RENEW_S = 15.0
+_SETTLE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 def run_storage(config: Config) -> Storage:
@@ -44,8 +48,8 @@ def check_same_run(run: Storage, config: Config) -> None:
     Raises:
         ConfigError: one line a differing field that would change the run.
     """
-    if not run.exists(CONFIG):
-        return
+    if not run.exists(PLAN):
+        return  # nothing was trained under another config yet
     theirs = yaml.safe_load(run.read(CONFIG))
     lines = diff(theirs, config.dump())
     if lines:
@@ -67,7 +71,7 @@ def open_run(config: Config) -> Iterator[Storage]:
     run.check_writable()
     with hold(run):
         check_same_run(run, config)
-        if not run.exists(CONFIG):
+        if not run.exists(PLAN):
             run.write(CONFIG, config.to_yaml())
         yield run
 
@@ -145,28 +149,46 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
 @contextlib.contextmanager
 def _leased(run: Storage) -> Iterator[None]:
     mine = _owner()
-    other = run.read_json(LOCK)
-    if other and time.time() - other["renewed"] < _LEASE_S:
-        left = _LEASE_S - (time.time() - other["renewed"])
-        raise _refusal(
-            run, other, f"stop it, or if it is dead already try again in {left:.0f} seconds"
-        )
-
-    def renew() -> None:
-        run.write_json(LOCK, {**mine, "renewed": time.time()})
-
-    renew()
+    _refuse_living(run, _lease(run))
+    run.write_json(LOCK, {**mine, "renewed": time.time()})
+    # Another driver may have written in the same moment; the last to write holds the lease.
+    time.sleep(_SETTLE_S)
+    if _lease(run).get("id") != mine["id"]:
+        _refuse_living(run, _lease(run))
     stop = threading.Event()
-
-    def keep() -> None:
-        while not stop.wait(_RENEW_S):
-            renew()
-
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread = threading.Thread(target=_renew, args=(run, mine, stop), name="lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-        run.remove(LOCK)
+        if _lease(run).get("id") == mine["id"]:
+            run.remove(LOCK)
+
+
+def _lease(run: Storage) -> dict[str, Any]:
+    """The lease on a run; empty where there is none, or one that cannot be read."""
+    try:
+        return dict(run.read_json(LOCK) or {})
+    except ValueError:
+        return {}
+
+
+def _refuse_living(run: Storage, lease: dict[str, Any]) -> None:
+    left = _LEASE_S - (time.time() - float(lease.get("renewed", 0.0)))
+    if left > 0:
+        remedy = f"stop it, or if it is dead already try again in {left:.0f} seconds"
+        raise _refusal(run, lease, remedy)
+
+
+def _renew(run: Storage, mine: dict[str, Any], stop: threading.Event) -> None:
+    """Renew the lease until told to stop; a failed write is tried again, one lost is let go."""
+    while not stop.wait(_RENEW_S):
+        try:
+            if _lease(run).get("id") != mine["id"]:
+                log.error("%s: another driver has taken the lease", run.url)
+                return
+            run.write_json(LOCK, {**mine, "renewed": time.time()})
+        except Exception as error:
+            log.warning("%s: the lease could not be renewed yet: %s", run.url, error)

@@ -138,16 +138,44 @@ def _shortage(config: Config, plan: Plan) -> str | None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, amount in per_worker.items():
         total = sum(node.get(name, 0.0) for node in nodes)
-        need = workers * amount + (config.cluster.data_cpus if name == "CPU" else 0)
-        places = sum(int(node.get(name, 0.0) / amount + 1e-9) for node in nodes if amount)
-        if total + 1e-9 < need or (amount and places < workers):
-            extra = f" and {config.cluster.data_cpus} for Ray Data" if name == "CPU" else ""
+        data_cpus = config.cluster.data_cpus if name == "CPU" else 0
+        places = sum(_fits(node, {name: amount}) for node in nodes)
+        if total + 1e-9 < workers * amount + data_cpus or places < workers:
+            extra = f" and {data_cpus} for Ray Data" if data_cpus else ""
             return (
                 f"cluster.workers = {workers}: needs {workers} x {amount:g} {name} for the workers"
-                f"{extra}, {need:g} in all; the cluster has {total:g} {name} on {len(nodes)} "
-                "node(s); add nodes, lower cluster.workers, or let it grow with cluster.wait_s"
+                f"{extra}, {workers * amount + data_cpus:g} in all; the cluster has {total:g} "
+                f"{name} on {len(nodes)} node(s); add nodes, lower cluster.workers, or let it grow "
+                "with cluster.wait_s"
             )
+    places = sum(_fits(node, per_worker) for node in nodes)
+    if places < workers:
+        return (
+            f"cluster.workers = {workers}: the {len(nodes)} node(s) have room for {places} with "
+            f"{per_worker} each on one node; add nodes or lower cluster.workers"
+        )
     return None
+
+
+def workers_that_fit(config: Config, most: int) -> int:
+    """How many of `most` workers the cluster holds now, leaving Ray Data its CPUs; at least 1.
+
+    Ray Train's elastic policy knows nothing of Ray Data, and would take every CPU.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(_fits(node, worker_resources(config)) for node in nodes)
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    beside_data = int((total_cpus - config.cluster.data_cpus) / config.cluster.cpus_per_worker)
+    return max(min(most, places, beside_data), 1)
+
+
+def _fits(node: dict[str, float], per_worker: dict[str, float]) -> int:
+    """How many workers a node has room for."""
+    return min(
+        int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount
+    )
 
 
 def worker_resources(config: Config) -> dict[str, float]:

@@ -9,8 +9,10 @@ atomic, and what survives a crash, is decided in one place:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 import fsspec
 
 from tst_ray.errors import RunError
+
+_APPEND_LOCK = threading.Lock()  # the loop and the checkpoint thread both add events
 
 
 class Storage:
@@ -101,14 +105,20 @@ class Storage:
             scratch.unlink(missing_ok=True)
 
     def append(self, name: str, text: str) -> None:
-        """Add text to the end of a file, making it if need be."""
-        try:
-            with self._fs.open(self.at(name), "ab") as file:
-                file.write(text.encode())
-        except (NotImplementedError, ValueError):
+        """Add whole lines to the end of a file, making it if need be.
+
+        After a torn line (its writer was killed) they start on a line of their own.
+        """
+        with _APPEND_LOCK:
+            if self.is_local:
+                with open(self.at(name), "ab+") as file:
+                    torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+                    file.write(b"\n" * bool(torn) + text.encode())
+                return
             # Most object stores cannot append.
             before = self.read(name) if self.exists(name) else b""
-            self.write(name, before + text.encode())
+            gap = b"\n" if before and not before.endswith(b"\n") else b""
+            self.write(name, before + gap + text.encode())
 
     def make(self) -> None:
         """Make this folder and those above it."""
@@ -136,20 +146,12 @@ class Storage:
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a .jsonl file; a torn last line (its writer was killed) is left out."""
+        """The records of a .jsonl file; a torn line (its writer was killed) is left out."""
         try:
             text = self.read(name).decode()
         except FileNotFoundError:
             return []
-        lines = text.splitlines()
-        records = []
-        for number, line in enumerate(lines):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines) - 1:
-                    raise RunError(f"{self.at(name)}: line {number + 1} is not JSON") from None
-        return records
+        return _records(text.splitlines())
 
     def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
         """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
@@ -161,7 +163,7 @@ class Storage:
             return []
         lines = text.split("\n")
         lines = lines[1:-1] if start else lines[:-1]  # the first and the last may be cut
-        return [json.loads(line) for line in lines if line]
+        return _records(lines)
 
     def check_writable(self) -> None:
         """Make the folder and write to it.
@@ -180,3 +182,11 @@ class Storage:
                 f"run.storage: cannot write to {self.url} ({reason}); give a folder this user may "
                 "write to"
             ) from error
+
+
+def _records(lines: list[str]) -> list[dict[str, Any]]:
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records

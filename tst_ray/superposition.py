@@ -140,6 +140,7 @@ def linear_multi_hot_cross_entropy(
     *,
     loss: Loss = "mce",
     reduction: Reduction = "mean",
+    divisor: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Either multi-hot loss of the logits `hidden @ weight.T`, which never exist whole.
@@ -155,6 +156,8 @@ def linear_multi_hot_cross_entropy(
         loss: `mce` is multi_hot_cross_entropy, `mce_alt` multi_hot_cross_entropy_alt.
         reduction: `mean` is theirs; `sum` leaves the division by the number of valid labels (of
             each place, or of positions for `mce_alt`) to the caller.
+        divisor: what the result is divided by, before gradients are cast to the inputs' dtype: a
+            later division would round the same factor into every bfloat16 gradient.
         chunk_rows: positions a chunk; by default as many as 256 MiB of logits allow.
 
     Returns:
@@ -175,7 +178,8 @@ def linear_multi_hot_cross_entropy(
     else:
         shares_Ns = valid_Ns.to(dtype)  # only whether a label counts; `_bag_terms` shares them out
         counts = valid_Ns.any(dim=1).sum()
-    scale = 1 / counts.clamp(min=1).to(dtype) if reduction == "mean" else torch.ones_like(counts)
+    ones = torch.ones_like(counts, dtype=dtype)
+    scale = ones / counts.clamp(min=1).to(dtype) if reduction == "mean" else ones
     if chunk_rows is None:
         chunk_rows = max(1, _MAX_CHUNK_BYTES // (4 * weight.shape[0]))
     result: Tensor = _LinearMultiHot.apply(  # type: ignore[no-untyped-call]
@@ -183,7 +187,7 @@ def linear_multi_hot_cross_entropy(
         weight,
         targets.masked_fill(~valid_Ns, 0),
         shares_Ns,
-        scale.to(dtype),
+        scale / divisor,
         loss,
         chunk_rows,
         torch.is_grad_enabled(),

@@ -22,13 +22,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pipelines.ingest import FILLER, Columns, Feed, check_batch, load_manifest
+from pipelines.ingest import (
+    FILLER,
+    BatchMismatch,
+    Columns,
+    Feed,
+    check_batch,
+    load_manifest,
+)
 from pipelines.order import digest, rank_slots, rows_per_rank, span_hashes
 from pipelines.permute import combine
 from pipelines.shards import Manifest, TokenReader
 from tst_ray.architecture import describe, hf_config
 from tst_ray.checkpoint import Checkpointer
 from tst_ray.config import Config
+from tst_ray.errors import RunError
 from tst_ray.metrics import MetricsLog, add_event, peak_flops
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
@@ -93,6 +101,11 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> int:
                 trainer.save(step)
             if step == phase.last_step:
                 break
+        if step < min(phase.last_step, job.last_step):
+            raise BatchMismatch(
+                f"phase {phase.index + 1}: the batches ended after step {step}, {phase.last_step} "
+                "were planned"
+            )
     trainer.finish(step)
     return step
 
@@ -126,6 +139,7 @@ class Trainer:
             keep=config.checkpoint.keep,
             background=config.checkpoint.async_,
             on_event=self.event,
+            is_current=self.is_current,
         )
         self.validation = Validation.load(config, self.plan, manifest, place)
         self.speed = Speed(self.plan, describe(self.hf_config), place)
@@ -158,7 +172,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        lanes = span_hashes(spans, feed.fingerprint).sum(axis=0)
+        lanes = span_hashes(spans, feed.salt).sum(axis=0)
         sums = self.all_sum([loss_sum, router_sum], lanes.tolist())
         record = {
             "step": step + 1,
@@ -242,6 +256,8 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start a checkpoint of the state after `step` steps."""
+        if self.metrics is not None:
+            self.metrics.flush()  # a committed step is not trained again, so its line must stand
         data_tokens, latent_tokens = self.plan.tokens_after(step)
         meta = {"attempt": self.attempt, "data_tokens": data_tokens, "latent_tokens": latent_tokens}
         self.checkpointer.save(step, self.state(), meta)
@@ -267,7 +283,13 @@ class Trainer:
             self.write_state(record["step"])
 
     def write_state(self, step: int) -> None:
-        """Replace run.json."""
+        """Replace run.json.
+
+        Raises:
+            RunError: another attempt has taken over; this one must not write any more.
+        """
+        if not self.is_current():
+            raise RunError("another attempt of this run has taken over; this one ends")
         self._state_at = time.monotonic()
         done = step >= self.plan.total_steps
         self.run.write_json(
@@ -282,6 +304,11 @@ class Trainer:
                 "updated": round(time.time(), 3),
             },
         )
+
+    def is_current(self) -> bool:
+        """Whether no newer attempt has started: workers can outlive a driver that was killed."""
+        state = self.run.read_json("run.json") or {}
+        return int(state.get("attempt", 0)) <= self.attempt
 
     def event(self, kind: str, **details: Any) -> None:
         """Add an event to the run's log; rank 0 only."""

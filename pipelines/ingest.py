@@ -32,6 +32,7 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 4 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
+_MAX_TASKS = 4096  # Ray Data makes all read tasks of a dataset, about 1 ms each, before it starts
 _ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
 FILLER = -1  # the slot of a row that only evens out the ranks
 
@@ -71,14 +72,26 @@ class Feed:
         """Rows of a local batch, filler rows included; the same on every rank."""
         return rows_per_rank(self.order.cuts[self.phase].num_sequences, world_size)
 
-    def chunks(self, start_step: int, world_size: int) -> list[tuple[int, int]]:
-        """[first, last) steps of each block from `start_step` to the end of the phase."""
+    def parts(self, most_workers: int) -> list[tuple[int, int]]:
+        """[first, last) steps of the datasets that a phase is read as, one after the other.
+
+        A dataset's read tasks are all made before it starts, so one for a phase of months would
+        take hours to begin. The bounds depend on the plan alone.
+        """
+        steps = max(_MAX_TASKS // most_workers, 1) * self._chunk_steps(most_workers)
+        first = self.order.cuts[self.phase].first_step
+        return list(pairwise([*range(first, self.last_step, steps), self.last_step]))
+
+    def chunks(self, start_step: int, last_step: int, world_size: int) -> list[tuple[int, int]]:
+        """[first, last) steps of each block of a dataset."""
+        steps = self._chunk_steps(world_size)
+        return list(pairwise([*range(start_step, last_step, steps), last_step]))
+
+    def _chunk_steps(self, world_size: int) -> int:
         cut = self.order.cuts[self.phase]
         row_bytes = (cut.data_length + cut.lookahead) * 4
         steps = _BLOCK_BYTES // (self.rows_per_rank(world_size) * row_bytes)
-        steps = min(max(steps, 1), _MAX_CHUNK_STEPS)
-        bounds = [*range(start_step, self.last_step, steps), self.last_step]
-        return list(pairwise(bounds))
+        return min(max(steps, 1), _MAX_CHUNK_STEPS)
 
     def rows(self, first_step: int, last_step: int, rank: int, world_size: int) -> Columns:
         """One rank's rows of steps [first_step, last_step), unfolded.
@@ -169,15 +182,15 @@ def read_inline(
         yield batch
 
 
-def ray_dataset(feed: Feed, start_step: int, world_size: int) -> Any:
-    """A Ray dataset of a phase from `start_step`; its block b is for rank b mod `world_size`.
+def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) -> Any:
+    """A Ray dataset of steps [start_step, last_step); its block b is for rank b mod `world_size`.
 
     Hand it to `streaming_split(world_size, equal=True)` with `preserve_order` set, and iterate
     each split in batches of `feed.rows_per_rank(world_size)` rows: one a step.
     """
     import ray.data
 
-    chunks = feed.chunks(start_step, world_size)
+    chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)
     dataset = ray.data.read_datasource(source, override_num_blocks=len(chunks) * world_size)
     return BaggingPreprocessor(feed.bag_size).transform(dataset) if feed.bag_size > 1 else dataset

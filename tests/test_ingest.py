@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_ray_data_deals_each_rank_its_batches(
 
     feed = make_feed(manifest, phase)
     feed_small = ChunksOfTwo(**{name: getattr(feed, name) for name in feed.__dataclass_fields__})
-    dataset = ray_dataset(feed_small, start, world_size)
+    dataset = ray_dataset(feed_small, start, feed.last_step, world_size)
     options = dataset.context.execution_options
     options.preserve_order = True
     splits = dataset.streaming_split(world_size, equal=True)
@@ -177,8 +178,26 @@ def test_ray_data_deals_each_rank_its_batches(
 
 
 class ChunksOfTwo(Feed):
-    def chunks(self, start_step: int, world_size: int) -> list[tuple[int, int]]:
-        return [(k, min(k + 2, self.last_step)) for k in range(start_step, self.last_step, 2)]
+    def _chunk_steps(self, world_size: int) -> int:
+        return 2
+
+
+def test_a_long_phase_is_read_in_parts_of_few_tasks() -> None:
+    """10B on 512 workers: months of steps, and never more than a few thousand tasks at once."""
+    cut = Cut(12_483, 37_500, 2_048, 4_096, 1)
+    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 12_483, 2_048, 65_536, 16), cut),
+                  1 << 20, 1 << 28, 0)  # fmt: skip
+    for phase in (0, 1):
+        feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, phase, 16)
+        parts = feed.parts(512)
+        first = order.cuts[phase].first_step
+        assert parts[0][0] == first
+        assert parts[-1][1] == feed.last_step
+        assert all(a[1] == b[0] for a, b in pairwise(parts))
+        for workers in (1, 8, 512):
+            tasks = [len(feed.chunks(*part, workers)) * workers for part in parts]
+            assert max(tasks) <= 8_192
+        assert len(parts) < 2_000
 
 
 def test_bagging_is_a_ray_data_preprocessor() -> None:
@@ -188,3 +207,28 @@ def test_bagging_is_a_ray_data_preprocessor() -> None:
     assert isinstance(bagging, Preprocessor)
     folded = bagging.transform_batch({"tokens": np.arange(24).reshape(2, 12)})
     assert folded["tokens"].shape == (2, 3, 4)
+
+
+@pytest.mark.slow
+def test_datasets_follow_each_other_and_the_old_ones_end(
+    ray_cluster: None, manifest: Manifest, tmp_path: Path
+) -> None:
+    """What Ray Train does part by part: configure, hand out, read; from the step in run.json."""
+    import ray
+
+    from tst_ray.coordinator import _Part, _phase_data
+
+    feed = make_feed(manifest)
+    (tmp_path / "run.json").write_text('{"step": 1}')
+    data = _phase_data(str(tmp_path))
+    actors, came = [], []
+    for first, last in [(0, 2), (2, 4), (4, 6), (6, 9)]:
+        (shards,) = data.configure({"part": _Part(feed, first, last)}, 1)
+        actors.append(shards["part"]._coord_actor)
+        came += list(shards["part"].iter_batches(batch_size=SEQUENCES, batch_format="numpy"))
+    for step, batch in enumerate(came, start=1):
+        check_batch(batch, feed, step, 0, 1)
+    assert len(came) == STEPS - 1
+    for actor in actors[:2]:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(actor.stats.remote(), timeout=60)

@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pipelines.errors import DataError
@@ -312,7 +313,7 @@ def fit_stage(run: Storage, job: Any, phase: Phase, config: Config) -> None:
             callbacks=[_stop_on_user_error()],
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        datasets={f"phase-{feed.phase}": _given(feed) for feed in job.feeds},
+        datasets=_datasets(job),
         dataset_config=_phase_data(run.url),
     )
     trainer.fit()
@@ -339,10 +340,15 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
     )
 
-    def open_batches(phase: Phase, step: int) -> Any:
-        shard = ray.train.get_dataset_shard(f"phase-{phase.index}")
-        rows = job.feeds[phase.index].rows_per_rank(place.world_size)
-        return shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
+    def open_batches(phase: Phase, step: int) -> Iterator[Any]:
+        feed = job.feeds[phase.index]
+        rows = feed.rows_per_rank(place.world_size)
+        for first, last in feed.parts(phase.max_workers):
+            if step < last:
+                shard = ray.train.get_dataset_shard(_dataset_name(feed, first))
+                yield from shard.iter_batches(
+                    batch_size=rows, batch_format="numpy", prefetch_batches=4
+                )
 
     try:
         train(job, place, open_batches)
@@ -352,9 +358,31 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         raise
 
 
-def _given(feed: Feed) -> Callable[[], Any]:
-    """Ray Train calls this at each group start; `_phase_data` makes the dataset from the feed."""
-    return lambda: feed
+@dataclass(frozen=True)
+class _Part:
+    """The steps [first, last) of a phase, read as one Ray dataset."""
+
+    feed: Feed
+    first: int
+    last: int
+
+
+def _dataset_name(feed: Feed, first: int) -> str:
+    return f"phase-{feed.phase}-from-{first}"
+
+
+def _datasets(job: Any) -> dict[str, Callable[[], Any]]:
+    """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
+    parts = [
+        _Part(feed, first, last)
+        for feed, phase in zip(job.feeds, job.plan.phases, strict=True)
+        for first, last in feed.parts(phase.max_workers)
+    ]
+    return {_dataset_name(part.feed, part.first): partial(_itself, part) for part in parts}
+
+
+def _itself(part: _Part) -> Any:
+    return part
 
 
 def _phase_data(run_url: str) -> Any:
@@ -364,27 +392,41 @@ def _phase_data(run_url: str) -> Any:
     from pipelines.ingest import ray_dataset
 
     class PhaseData(ray.train.DataConfig):  # type: ignore[misc,unused-ignore]
-        """Makes each phase's dataset for the group that is there, from the step it starts at.
+        """Makes each dataset for the group that is there, from the step it starts at.
 
-        Ray Train calls `configure` when rank 0 first asks for a phase, so after rank 0 has restored
-        a checkpoint and written to run.json which step that was.
+        Ray Train calls `configure` when rank 0 first asks for a dataset, so after rank 0 has
+        restored a checkpoint and written to run.json which step that was.
         """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._splits: list[Any] = []  # of each dataset made so far
 
         def configure(
             self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
         ) -> list[dict[str, Any]]:
             step = int((Storage(run_url).read_json("run.json") or {})["step"])
             output: list[dict[str, Any]] = [{} for _ in range(world_size)]
-            for name, feed in datasets.items():
-                start = max(step, feed.order.cuts[feed.phase].first_step)
-                dataset = ray_dataset(feed, start, world_size)
+            for name, part in datasets.items():
+                dataset = ray_dataset(part.feed, max(step, part.first), part.last, world_size)
                 dataset.set_name(name)
                 dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
                 dataset.context.enable_progress_bars = False
                 splits = dataset.streaming_split(world_size, equal=True)
                 for rank, split in enumerate(splits):
                     output[rank][name] = split
+                self._retire(splits[0])
             return output
+
+        def _retire(self, newest: Any) -> None:
+            """End the actor behind all datasets but the last two: Ray Train keeps each for ever.
+
+            When rank 0 opens a dataset, others may still read the one before, but none older: they
+            train in step.
+            """
+            self._splits.append(newest)
+            while len(self._splits) > 2:
+                ray.kill(self._splits.pop(0)._coord_actor)
 
     return PhaseData()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.bagging import BaggingPreprocessor, fold_bags
+from pipelines.bags import fold_bags
 from pipelines.errors import DataError
 from pipelines.order import Order, Spans, rank_slots, rows_per_rank
 from pipelines.shards import Manifest, TokenReader
@@ -189,6 +189,8 @@ def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) ->
     each split in batches of `feed.rows_per_rank(world_size)` rows: one a step.
     """
     import ray.data
+
+    from pipelines.bagging import BaggingPreprocessor
 
     chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)

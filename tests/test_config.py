@@ -285,6 +285,7 @@ def test_each_refusal_is_one_line(override: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["--tst.loss=mce_alt", "--tst.weighting=power_law"], "mce_alt has no weights of places"),
         (["--tst.fold=batch", "--tst.bag_size=6"], "set a multiple of 6, such as 66"),
         (["--tst.fold=none", "--tst.bag_size=6"], "train.sequence_length = 64: tst.fold=none cuts"),
         (["--cluster.backend=inline", "--cluster.workers=2"], "cluster.backend=inline is one proc"),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.bagging import BaggingPreprocessor, fold_bags
+from pipelines.bagging import BaggingPreprocessor
+from pipelines.bags import fold_bags
 from pipelines.errors import DataError
 from pipelines.ingest import FILLER, BatchMismatch, Feed, check_batch, ray_dataset, read_inline
 from pipelines.order import Cut, Order, StreamSource

@@ -123,6 +123,13 @@ def _phase_problems(config: Config) -> Iterator[Problem]:
 
 def _fold_problems(config: Config, phase: PhaseConfig, where: SettingPath) -> Iterator[Problem]:
     batch, length, bag = config.train.batch_size, config.train.sequence_length, phase.bag_size
+    if phase.loss == "mce_alt" and phase.weighting != "uniform":
+        yield Problem(
+            (*where, "weighting"),
+            f"{dotted((*where, 'loss'))}=mce_alt has no weights of places; leave it uniform, or "
+            "take mce",
+            (where,),
+        )
     about: tuple[SettingPath, ...] = (("train", "batch_size"), ("train", "sequence_length"), where)
     if phase.mode != "output_only" and phase.fold != "sequence" and length % bag:
         yield Problem(

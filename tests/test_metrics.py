@@ -84,7 +84,7 @@ def test_the_config_is_readable_in_tensorboard(run: Storage) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_steps(run, 0, 1, loss=1.0)
-    write_hparams(run, {"train": {"steps": 5, "betas": [0.9, 0.95]}}, {"step": 5, "val_loss": 2.5})
+    write_hparams(run, {"train": {"steps": 5, "betas": [0.9, 0.95]}}, {"val_loss": 2.5}, step=5)
     board = EventAccumulator((run / TENSORBOARD).path)
     board.Reload()
     text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()

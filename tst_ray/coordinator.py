@@ -250,13 +250,13 @@ class Coordinator:
             for phase in self.plan.phases
         )
         val_loss = last[-1].get("val_loss")
-        final = {"step": last[-1]["step"], "loss": last[-1]["loss"]}
+        step, final = last[-1]["step"], {"loss": last[-1]["loss"]}
         if val_loss is not None:
             final["val_loss"] = val_loss
         if not any(event["event"] == "finish" for event in read_events(run)):
-            write_hparams(run, self.config.dump(), final)
-            add_event(run, "finish", **final)
-        update_state(run, status="finished", **final)
+            write_hparams(run, self.config.dump(), final, step)
+            add_event(run, "finish", step=step, **final)
+        update_state(run, status="finished", step=step, **final)
         self._enter(State.FINISHED)
         model_folder = (run / "model").url
         return Outcome(run, self.plan, last, val_loss, model_folder, tuple(samples), self.log_path)

@@ -111,7 +111,9 @@ def drop_after(run: Storage, step: int) -> None:
     run.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_hparams(run: Storage, hparams: dict[str, Any], final: dict[str, float]) -> None:
+def write_hparams(
+    run: Storage, hparams: dict[str, Any], final: dict[str, float], step: int
+) -> None:
     """Record the run's settings with its final metrics under TensorBoard's HParams tab."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams as hparams_summary
@@ -123,7 +125,6 @@ def write_hparams(run: Storage, hparams: dict[str, Any], final: dict[str, float]
         for name, value in flatten(hparams).items()
         if value is not None
     }
-    step = int(final.get("step", 0))
     metrics = {f"final/{name}": value for name, value in final.items()}
     # The writer's own add_hparams would open a second run beside this one's curves.
     for summary in hparams_summary(flat, metrics):

@@ -202,7 +202,7 @@ class DataConfig(_Section):
     """the share of the documents held out for validation"""
     row_tokens: Count = 65536
     """tokens in one row of a shard"""
-    shuffle_tokens: Count = 4_194_304
+    shuffle_tokens: Count = 16_777_216
     """the window in which neighbouring sequences are shuffled, in tokens"""
     undecodable: Literal["skip", "refuse"] = "skip"
     """what to do with text that doesn't decode"""

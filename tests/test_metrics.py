@@ -63,6 +63,15 @@ def test_the_curve_goes_on_where_it_was(run: Storage) -> None:
     ]
 
 
+def test_event_files_are_read_in_the_order_they_were_opened(run: Storage) -> None:
+    """Their names hold whole seconds, and a number that sorts as text: 10 before 9."""
+    for attempt in range(3):
+        write_steps(run, 0, 2, loss=float(attempt))
+    names = (run / TENSORBOARD).names()
+    assert len({name.split(".")[3] for name in names}) == len(names)
+    assert curve(run, "loss/train") == [(1, 2.0), (2, 2.0)]
+
+
 def test_a_torn_line_is_dropped_before_more_is_added(run: Storage) -> None:
     run.write(METRICS, json.dumps(record(1, 1.0)) + '\n{"step": 2, "lo')
     drop_after(run, 1)

@@ -73,6 +73,7 @@ class MetricsLog:
         drop_after(run, step)
         self._pending: list[str] = []
         self._flushed_at = time.monotonic()
+        _wait_for_a_later_name(run / TENSORBOARD)
         self._board = SummaryWriter(
             (run / TENSORBOARD).path if run.is_local else (run / TENSORBOARD).url,
             purge_step=step + 1,
@@ -101,6 +102,17 @@ class MetricsLog:
         """Flush and close; no write may follow."""
         self.flush()
         self._board.close()
+
+
+def _wait_for_a_later_name(folder: Storage) -> None:
+    """Let the second pass in which the newest event file was opened, if it is this one.
+
+    TensorBoard reads event files by name, and a name starts with whole seconds: two of one second
+    may be read the wrong way round, and the older attempt's points would stand.
+    """
+    stamps = [name.split(".")[3] for name in folder.names() if name.startswith("events.out.")]
+    while str(int(time.time())).zfill(10) in stamps:
+        time.sleep(0.02)
 
 
 def drop_after(run: Storage, step: int) -> None:

@@ -56,7 +56,7 @@ def save_steps(root: Storage, *steps: int, **options: Any) -> Events:
 def restored(root: Storage, events: Events) -> tuple[int, dict[str, Any]]:
     state = make_state(0)
     saver = checkpointer(root, events)
-    info = saver.newest_good()
+    info = find_good([root], events)
     if info is None:
         return 0, state
     saver.load(info, state)
@@ -148,7 +148,7 @@ def test_all_damaged_is_an_error_never_step_0(root: Storage) -> None:
     for step in (10, 20):
         flip(root / folder_name(step))
     with pytest.raises(RunError, match=r"all 2 checkpoints .* damaged, 20 steps would be lost"):
-        find_good(root, Events())
+        find_good([root], Events())
 
 
 def test_the_last_ones_are_kept(root: Storage) -> None:

@@ -217,7 +217,7 @@ def test_datasets_follow_each_other_and_the_old_ones_end(
     """What Ray Train does part by part: configure, hand out, read; from the step in run.json."""
     import ray
 
-    from tst_ray.coordinator import _Part, _phase_data
+    from tst_ray.group import _Part, _phase_data
 
     feed = make_feed(manifest)
     (tmp_path / "run.json").write_text('{"step": 1}')

@@ -10,7 +10,8 @@ import pytest
 
 from tst_ray.config import load_config
 from tst_ray.errors import ConfigError, RunError
-from tst_ray.runstore import hold, open_run, read_state, run_storage, update_state
+from tst_ray.journal import read_state, update_state
+from tst_ray.runstore import hold, open_run, run_storage
 from tst_ray.storage import Storage
 
 

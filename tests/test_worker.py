@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from pipelines.ingest import FILLER, BatchMismatch, read_inline
 from pipelines.shards import Manifest
 from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import committed, folder_name, load_full
 from tst_ray.model import build_model, hf_config
 from tst_ray.storage import Storage
-from tst_ray.worker import Place, micro_batches, seed_step, train
+from tst_ray.worker import Place, seed_step, train
 
 NUM_STEPS = 8
 
@@ -204,10 +205,10 @@ def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Man
     old.restore()
     new = Trainer(job, Place())
     new.restore()
-    assert (old.attempt, new.attempt) == (1, 2)
-    new.write_state(0)
+    assert (old.journal.attempt, new.journal.attempt) == (1, 2)
+    new.journal.write_state(0)
     with pytest.raises(RunError, match="another attempt of this run has taken over"):
-        old.write_state(0)
-    old.save(3)
+        old.journal.write_state(0)
+    old.save(3, old.checkpointer)
     old.checkpointer.wait()
     assert committed(Storage(job.run_url) / "checkpoints") == []

@@ -39,6 +39,7 @@ SETTINGS = {
     "checkpoint.every": 3,
     "metrics.val_every": 4,
     "metrics.val_sequences": 6,
+    "fault.hang_s": "null",
     "cluster.backend": "inline",
     "cluster.workers": 1,
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -116,13 +117,29 @@ def verify(info: CheckpointInfo, rank: int = 0, world_size: int = 1) -> str | No
     return None
 
 
+class Ranks:
+    """The workers that save and load together, talking over a group of their own (gloo).
+
+    Collective: all make theirs in the same order. One process alone needs no group.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
+        self.group = dist.new_group(backend="gloo") if distributed else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order; collective."""
+        if self.group is None:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+
 def find_good(
-    root: Storage,
-    on_event: OnEvent,
-    *,
-    gather: Callable[[Any], list[Any]] = lambda value: [value],
-    rank: int = 0,
-    world_size: int = 1,
+    roots: Sequence[Storage], on_event: OnEvent, ranks: Ranks | None = None
 ) -> CheckpointInfo | None:
     """The newest checkpoint that verifies; None where none was ever committed.
 
@@ -130,43 +147,63 @@ def find_good(
     that those who do not verify do not count on it; mended, it counts again.
 
     Args:
-        gather: gives every rank the value of each rank, in their order.
+        roots: folders of checkpoints; of the same step, one in an earlier folder is preferred.
+        on_event: told of "checkpoint_damaged" (rank 0 only).
+        ranks: who verifies; this process alone unless given.
 
     Raises:
         RunError: there are committed checkpoints, and all are damaged.
     """
+    ranks = ranks or Ranks()
+    listed = [info for root in roots for info in committed(root, damaged=True)]
     # Rank 0's listing for all: on a shared filesystem another rank's may be older.
-    candidates: list[CheckpointInfo] = gather(committed(root, damaged=True))[0]
+    candidates: list[CheckpointInfo] = ranks.gather(sorted(listed, key=lambda i: -i.step))[0]
     for info in candidates:
-        problems = gather(verify(info, rank, world_size))
+        problems = ranks.gather(verify(info, ranks.rank, ranks.size))
         problem = next((problem for problem in problems if problem), None)
         if problem is None:
-            if rank == 0:
+            if ranks.rank == 0:
                 info.folder.remove(DAMAGED)
             return read_meta(info)
         log.warning(
             "checkpoint %s is damaged (%s); trying the one before", info.folder.url, problem
         )
-        if rank == 0 and not info.folder.exists(DAMAGED):
+        if ranks.rank == 0 and not info.folder.exists(DAMAGED):
             info.folder.write(DAMAGED, problem + "\n")
             on_event("checkpoint_damaged", step=info.step, problem=problem)
     if candidates:
         raise RunError(
-            f"all {len(candidates)} checkpoints under {root.url} are damaged, {candidates[0].step} "
-            "steps would be lost; restore one from a copy, or start a new run with another run.name"
+            f"all {len(candidates)} checkpoints under {roots[-1].url} are damaged, "
+            f"{candidates[0].step} steps would be lost; restore one from a copy, or start a new "
+            "run with another run.name"
         )
     return None
+
+
+def forget_after(root: Storage, step: int) -> None:
+    """Remove the checkpoints of more than `step` steps: what they hold must not come back."""
+    for info in committed(root, damaged=True):
+        if info.step > step:
+            _remove(info.folder)
+
+
+def _remove(folder: Storage) -> None:
+    folder.remove(MARKER)  # first: half a checkpoint must not look like one
+    folder.remove()
 
 
 class Checkpointer:
     """Saves and restores a run's state; every rank holds one and calls it in the same order.
 
     Args:
-        root: the run's `checkpoints` folder.
+        root: the folder of checkpoints: of the run, or in the memory of the cluster.
         keep: how many committed checkpoints stay; older ones are removed.
         background: stage, then write while training goes on; otherwise write before returning.
-        on_event: told of "checkpoint", "checkpoint_failed", "checkpoint_damaged" (rank 0 only).
+        on_event: told of "checkpoint", "checkpoint_failed" (rank 0 only).
         is_current: whether this attempt is still the run's; another's checkpoints are not touched.
+
+    Attributes:
+        failed_saves: how many in a row failed; rank 0's counts.
     """
 
     def __init__(
@@ -179,34 +216,21 @@ class Checkpointer:
         is_current: Callable[[], bool] = lambda: True,
     ) -> None:
         self.root, self.keep, self.background = root, keep, background
-        self.distributed = dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-        self._on_event = on_event if self.rank == 0 else (lambda kind, **details: None)
+        self._ranks = Ranks()  # the checkpoint thread's own
+        self._on_event = on_event if self._ranks.rank == 0 else (lambda kind, **details: None)
         self._is_current = is_current
-        self._group = dist.new_group(backend="gloo") if self.distributed else None
         self._thread: threading.Thread | None = None
-        self.failed_saves = 0  # in a row
+        self.failed_saves = 0
 
-    def newest_good(self) -> CheckpointInfo | None:
-        """The newest checkpoint whose files all verify; None where none was ever committed.
-
-        Raises:
-            RunError: there are committed checkpoints, and all are damaged.
-        """
-        return find_good(
-            self.root,
-            self._on_event,
-            gather=self._gather,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+    def holds(self, info: CheckpointInfo) -> bool:
+        """Whether a checkpoint is one of this folder."""
+        return info.folder.url.startswith(f"{self.root.url}/")
 
     def load(self, info: CheckpointInfo, state: dict[str, Any]) -> None:
         """Load a checkpoint into `state`: tensors in place, resharded to how they are here."""
         import torch.distributed.checkpoint as dcp
 
-        dcp.load(state, storage_reader=_reader(info.folder), process_group=self._group)
+        dcp.load(state, storage_reader=_reader(info.folder), process_group=self._ranks.group)
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Start saving the state after `step` steps; a save still under way is waited for.
@@ -247,22 +271,26 @@ class Checkpointer:
         except Exception as error:
             problem = _one_line(error)
         # A rank that went on alone would wait for the others for ever.
-        problems = [other for other in self._gather(problem) if other]
+        problems = [other for other in self._ranks.gather(problem) if other]
         if problems:
             raise OSError(problems[0])
         target = str(scratch) if scratch else (self.root / folder_name(step)).path
         writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self._ranks.group)
         return future, scratch
 
     def _make_place(self, folder: Storage) -> Path | None:
         """An empty folder for the checkpoint; a local one to upload from where it is remote."""
-        if self.rank == 0:
+        if self._ranks.rank == 0:
             if not self._is_current():
                 raise OSError("another attempt of this run has taken over")
             folder.remove()  # what an interrupted save left, or a damaged one that is done again
             folder.make()
-        return None if self.root.is_local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        return (
+            None
+            if self.root.is_local
+            else Path(tempfile.mkdtemp(prefix="checkpoint-", dir=_scratch_root()))
+        )
 
     def _finish(
         self,
@@ -276,11 +304,11 @@ class Checkpointer:
         future, scratch = pending
         folder = self.root / folder_name(step)
         try:
-            gathered = self._gather(self._written_files(future, folder, scratch))
+            gathered = self._ranks.gather(self._written_files(future, folder, scratch))
             failures = [entry for entry in gathered if isinstance(entry, str)]
             if failures:
                 raise OSError(failures[0])
-            if self.rank == 0:
+            if self._ranks.rank == 0:
                 num_bytes = self._commit(step, folder, gathered, meta)
                 self._on_event(
                     "checkpoint",
@@ -296,7 +324,7 @@ class Checkpointer:
         finally:
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
-        if self.rank == 0:
+        if self._ranks.rank == 0:
             self._prune(step)
 
     def _written_files(
@@ -312,8 +340,8 @@ class Checkpointer:
     def _own_files(self, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
         """This rank's files with size and checksum; uploaded where storage is not local."""
         where = scratch or Path(folder.path)
-        mine = [path for path in where.iterdir() if path.name.startswith(f"__{self.rank}_")]
-        if self.rank == 0:
+        mine = [path for path in where.iterdir() if path.name.startswith(f"__{self._ranks.rank}_")]
+        if self._ranks.rank == 0:
             mine.append(where / ".metadata")
         entries = []
         for path in sorted(mine):
@@ -329,7 +357,7 @@ class Checkpointer:
     ) -> int:
         files = [entry for entries in gathered for entry in entries]
         content = json.dumps(
-            {"format": 1, "step": step, "world_size": self.world_size, **meta, "files": files},
+            {"format": 1, "step": step, "world_size": self._ranks.size, **meta, "files": files},
             indent=2,
         )
         folder.write(META, content)
@@ -345,9 +373,7 @@ class Checkpointer:
             for name in self.root.names():
                 older = _STEP_FOLDER.fullmatch(name) and name < folder_name(newest)
                 if older and name not in kept:
-                    folder = self.root / name
-                    folder.remove(MARKER)  # first: half a checkpoint must not look like one
-                    folder.remove()
+                    _remove(self.root / name)
         except Exception as error:
             log.warning("old checkpoints under %s stay: %s", self.root.url, error)
 
@@ -356,12 +382,10 @@ class Checkpointer:
         log.warning("checkpoint of step %d failed, training goes on: %s", step, error)
         self._on_event("checkpoint_failed", step=step, error=_one_line(error))
 
-    def _gather(self, mine: Any) -> list[Any]:
-        if not self.distributed:
-            return [mine]
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return everyone
+
+def _scratch_root() -> str | None:
+    """Memory rather than a disk, for files that are sent on at once."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def load_full(info: CheckpointInfo, state: dict[str, Any]) -> None:

@@ -1,5 +1,9 @@
 """What a user did or met, told in one line; every other exception is a defect of ours."""
 
+from __future__ import annotations
+
+import signal
+
 
 class UserError(Exception):
     """A failure whose message is meant for the user: the setting, its value, the remedy."""
@@ -15,3 +19,16 @@ class ConfigError(UserError, ValueError):
 
 class RunError(UserError, RuntimeError):
     """A run that could not start or go on (exit status 1)."""
+
+
+class Interrupted(UserError):
+    """A run that was asked to stop, and did, with a checkpoint.
+
+    Args:
+        message: where it stands, and how to resume.
+        by: the signal's number; the exit status is 128 more, as a shell would have it.
+    """
+
+    def __init__(self, message: str, by: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + (by or signal.SIGINT)

@@ -126,7 +126,7 @@ def _pick(run: Storage, step: int | None) -> CheckpointInfo:
 
     root = run / "checkpoints"
     if step is None:
-        info = find_good(root, lambda kind, **details: add_event(run, kind, **details))
+        info = find_good([root], lambda kind, **details: add_event(run, kind, **details))
         if info is None:
             raise RunError(f"{run.url}: has no checkpoint yet; nothing to export")
         return info

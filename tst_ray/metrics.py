@@ -7,10 +7,15 @@ and TensorBoard is told to purge them, so each step stands once and curves go on
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from typing import Any
 
+from tst_ray.goodput import PARTS
 from tst_ray.storage import Storage
+
+log = logging.getLogger(__name__)
 
 METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
 
@@ -33,27 +38,12 @@ TAGS = {
     "bag_size": "run/bag_size",
     "attempt": "run/attempt",
     "memory_bytes": "run/memory_bytes",
+    "goodput": "time/goodput",
+    **{f"time_{part}_s": f"time/{part}_s" for part in PARTS},
 }
 
 _REMOTE_FLUSH_S = 10.0
-
-# Dense bf16 matrix FLOP/s by CUDA device name, from NVIDIA's data sheets (without sparsity).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device by its CUDA name; None where it is not known."""
-    matches = [name for name in PEAK_FLOPS if name in device_name]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+_TAIL_BYTES = 1 << 20
 
 
 class MetricsLog:
@@ -70,7 +60,6 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._every = run, tensorboard_every
-        drop_after(run, step)
         self._pending: list[str] = []
         self._flushed_at = time.monotonic()
         _wait_for_a_later_name(run / TENSORBOARD)
@@ -81,27 +70,54 @@ class MetricsLog:
         if step == 0:
             self._board.add_text("config", f"```yaml\n{config_text}\n```", 1)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Add one step's record."""
-        self._pending.append(json.dumps(record) + "\n")
+    def write(self, record: dict[str, Any], curves: dict[str, Any] | None = None) -> None:
+        """Add one step's record, and what is drawn beside it but not logged.
+
+        Storage that takes no more (a full disk) keeps no step from being trained: lines wait until
+        it does, and are lost only with this process, when their steps are trained again.
+        """
+        self._pending.append(json.dumps(_finite(record)) + "\n")
         if self._run.is_local or time.monotonic() - self._flushed_at > _REMOTE_FLUSH_S:
             self.flush()
         if record["step"] % self._every == 0 or "val_loss" in record:
-            for field, tag in TAGS.items():
-                if record.get(field) is not None:
-                    self._board.add_scalar(tag, record[field], record["step"])
+            self._draw({**record, **(curves or {})})
 
-    def flush(self) -> None:
-        """Make what was written so far visible to readers."""
-        if self._pending:
-            self._run.append(METRICS, "".join(self._pending))
-            self._pending = []
+    def _draw(self, values: dict[str, Any]) -> None:
+        try:
+            for field, tag in TAGS.items():
+                if values.get(field) is not None:
+                    self._board.add_scalar(tag, values[field], values["step"])
+        except OSError as error:  # the writer's thread met it, and tells at the next point
+            log.warning("TensorBoard's curves miss points: %s", error)
+
+    def flush(self) -> bool:
+        """Make what was written so far visible to readers; whether that went well."""
         self._flushed_at = time.monotonic()
+        if not self._pending:
+            return True
+        try:
+            self._run.append(METRICS, "".join(self._pending))
+        except OSError as error:
+            log.warning("%d lines of %s wait for storage: %s", len(self._pending), METRICS, error)
+            return False
+        self._pending = []
+        return True
 
     def close(self) -> None:
         """Flush and close; no write may follow."""
         self.flush()
-        self._board.close()
+        try:
+            self._board.close()
+        except OSError as error:
+            log.warning("TensorBoard's curves miss their end: %s", error)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: null stands for what is not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 def _wait_for_a_later_name(folder: Storage) -> None:
@@ -115,12 +131,54 @@ def _wait_for_a_later_name(folder: Storage) -> None:
         time.sleep(0.02)
 
 
-def drop_after(run: Storage, step: int) -> None:
-    """Drop the lines of steps after `step`, and a torn last line: they will be trained again."""
-    if not run.exists(METRICS):
-        return
-    kept = [record for record in run.read_lines(METRICS) if record["step"] <= step]
-    run.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps after `step`, and a torn last line: they will be trained again.
+
+    Reads from the end, so it takes as long as what it drops, not as the run.
+
+    Returns:
+        the dropped records, in step order.
+    """
+    num_bytes = _TAIL_BYTES
+    while True:
+        offset, lines = run.tail_lines(METRICS, num_bytes)
+        records = [(line, parse_record(line)) for line in lines]
+        first = next((record for _, record in records if record), None)
+        if offset == 0 or (first and first["step"] <= step):
+            break
+        num_bytes *= 4
+    size, keep, dropped = offset, offset, []
+    for line, record in records:
+        size += len(line)
+        if record is None:
+            continue
+        if record["step"] <= step:
+            keep = size
+        else:
+            dropped.append(record)
+    if lines and keep < size:
+        run.truncate(METRICS, keep)
+    return dropped
+
+
+def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:
+    """The last `count` records of metrics.jsonl, or all there are."""
+    num_bytes = _TAIL_BYTES
+    while True:
+        offset, lines = run.tail_lines(METRICS, num_bytes)
+        records = [record for record in map(parse_record, lines) if record]
+        if offset == 0 or len(records) >= count:
+            return records[-count:]
+        num_bytes *= 4
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None for a torn one (its writer was killed)."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if line.endswith(b"\n") and isinstance(record, dict) else None
 
 
 def write_hparams(

@@ -2,7 +2,6 @@
 
     config.yaml  plan.json     written before the first step: the run's identity
     manifest.json              the shards that it began with
-    run.json                   where the run stands, replaced as a whole
     driver.lock                who drives it now
 
 `open_run` checks all of that before anything starts. See DESIGN of the files in the README.
@@ -29,7 +28,7 @@ from tst_ray.metrics import EVENTS
 from tst_ray.storage import Storage
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
-STATE, LOCK = "run.json", "driver.lock"
+LOCK = "driver.lock"
 _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
 _RENEW_S = 15.0
 _SETTLE_S = 1.0
@@ -92,16 +91,6 @@ def hold(run: Storage) -> Iterator[None]:
     else:
         with _leased(run):
             yield
-
-
-def read_state(run: Storage) -> dict[str, Any]:
-    """run.json; empty for a run that has not started."""
-    return run.read_json(STATE) or {}
-
-
-def update_state(run: Storage, **changes: Any) -> None:
-    """Change fields of run.json, keeping the others."""
-    run.write_json(STATE, {**read_state(run), **changes, "updated": round(time.time(), 3)})
 
 
 def read_events(run: Storage) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tst_ray.config import Config
+from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
 
@@ -132,14 +133,12 @@ def check_capacity(config: Config, plan: Plan, say: Callable[[str], None]) -> No
 
 def _shortage(config: Config, plan: Plan) -> str | None:
     """What the cluster lacks for the smallest allowed worker group; None where it lacks nothing."""
-    import ray
-
     workers, per_worker = workers_needed(plan), worker_resources(config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = living_nodes()
     for name, amount in per_worker.items():
-        total = sum(node.get(name, 0.0) for node in nodes)
+        total = sum(node.resources.get(name, 0.0) for node in nodes)
         data_cpus = config.cluster.data_cpus if name == "CPU" else 0
-        places = sum(_fits(node, {name: amount}) for node in nodes)
+        places = sum(node.places({name: amount}) for node in nodes)
         if total + 1e-9 < workers * amount + data_cpus or places < workers:
             extra = f" and {data_cpus} for Ray Data" if data_cpus else ""
             return (
@@ -148,7 +147,7 @@ def _shortage(config: Config, plan: Plan) -> str | None:
                 f"{name} on {len(nodes)} node(s); add nodes, lower cluster.workers, or let it grow "
                 "with cluster.wait_s"
             )
-    places = sum(_fits(node, per_worker) for node in nodes)
+    places = sum(node.places(per_worker) for node in nodes)
     if places < workers:
         return (
             f"cluster.workers = {workers}: the {len(nodes)} node(s) have room for {places} with "
@@ -157,25 +156,47 @@ def _shortage(config: Config, plan: Plan) -> str | None:
     return None
 
 
-def workers_that_fit(config: Config, most: int) -> int:
-    """How many of `most` workers the cluster holds now, leaving Ray Data its CPUs; at least 1.
+def living_nodes() -> list[Node]:
+    """The nodes that take new work: alive, and not about to be reclaimed."""
+    import ray
 
-    Ray Train's elastic policy knows nothing of Ray Data, and would take every CPU.
+    leaving = draining_nodes()
+    return [
+        Node(node["NodeID"], node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    ]
+
+
+def draining_nodes() -> set[str]:
+    """Nodes with a notice that they will be taken away (a spot reclaim, an idle autoscaler's).
+
+    Ray Train passes the same notice on to workers, but through a barrier of all ranks
+    (`get_preemption_info`), which a loop would pay for at every look; the driver can look for free.
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(_fits(node, worker_resources(config)) for node in nodes)
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    beside_data = int((total_cpus - config.cluster.data_cpus) / config.cluster.cpus_per_worker)
-    return max(min(most, places, beside_data), 1)
+    return set(ray._private.state.state.get_draining_nodes())
 
 
-def _fits(node: dict[str, float], per_worker: dict[str, float]) -> int:
-    """How many workers a node has room for."""
-    return min(
-        int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount
+def room_for(config: Config, most: int) -> int:
+    """How many of `most` workers the cluster holds now, beside Ray Data; 0 where none fits."""
+    return workers_that_fit(
+        living_nodes(), worker_resources(config), config.cluster.data_cpus, most
     )
+
+
+def ask_autoscaler(config: Config, num_workers: int) -> None:
+    """Ask an autoscaler, if there is one, for room for so many workers and for reading; 0 lets go.
+
+    See https://docs.ray.io/en/latest/cluster/running-applications/autoscaling/reference.html.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    bundles = [worker_resources(config)] * num_workers
+    if num_workers:
+        bundles = [*bundles, *[{"CPU": 1.0}] * config.cluster.data_cpus]
+    request_resources(bundles=bundles)
 
 
 def worker_resources(config: Config) -> dict[str, float]:

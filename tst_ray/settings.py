@@ -317,7 +317,11 @@ class ClusterConfig(_Section):
     data_cpus: Count = 1
     """CPUs kept free of workers, for reading data"""
     wait_s: Amount = 0.0
-    """seconds to wait for an autoscaling cluster to reach the smallest allowed size"""
+    """seconds to wait, at the start, for the cluster to reach the smallest allowed size"""
+    growth_gain: Amount = 2.0
+    """more workers are taken in when they save this many times the seconds that it costs"""
+    settle_s: Amount = 60.0
+    """seconds that a worker group runs, at the least, before it takes in more workers"""
 
 
 class CheckpointConfig(_Section):
@@ -329,6 +333,8 @@ class CheckpointConfig(_Section):
     """the newest checkpoints kept"""
     async_: bool = Field(default=True, alias="async")
     """whether training goes on while a checkpoint is written"""
+    memory_every: Count | None = 100
+    """steps between checkpoints kept in the memory of two nodes, for fast restarts; null: none"""
 
 
 class MetricsConfig(_Section):
@@ -343,10 +349,26 @@ class MetricsConfig(_Section):
 
 
 class FaultConfig(_Section):
-    """What happens after a failure."""
+    """What happens when something goes wrong."""
 
     max_failures: int = Field(default=3, ge=0)
-    """worker failures after which the run gives up"""
+    """failures in a row, without progress between them, after which the run gives up"""
+    max_failed_saves: Count = 3
+    """checkpoints in a row that could not be saved, after which the run stops"""
+    max_skipped: Count = 5
+    """steps in a row with a loss or gradient that is not finite, after which the run rolls back"""
+    spike_z: float | None = Field(default=10.0, gt=0)
+    """how far above its recent median a loss is a spike, in robust deviations; null: never"""
+    spike_window: int = Field(default=128, ge=8)
+    """steps that make the recent median; a phase's first ones have no spikes"""
+    spike_steps: Count = 16
+    """spikes in a row that make the run roll back"""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """roll-backs of a run, after which the next one stops it"""
+    hang_s: float | None = Field(default=60.0, gt=0)
+    """seconds without progress that are a hang, raised by the run's own times; null: never"""
+    start_s: float = Field(default=600.0, gt=0)
+    """seconds that a worker's first steps may take: loading, compiling"""
 
 
 class Config(_Section):

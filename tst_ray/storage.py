@@ -10,6 +10,7 @@ atomic, and what survives a crash, is decided in one place:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -107,13 +108,18 @@ class Storage:
     def append(self, name: str, text: str) -> None:
         """Add whole lines to the end of a file, making it if need be.
 
-        After a torn line (its writer was killed) they start on a line of their own.
+        After a torn line (its writer was killed) they start on a line of their own. Raises OSError
+        where storage takes no more; a local file is then as it was.
         """
         with _APPEND_LOCK:
             if self.is_local:
-                with open(self.at(name), "ab+") as file:
-                    torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-                    file.write(b"\n" * bool(torn) + text.encode())
+                with open(self.at(name), "ab+", buffering=0) as file:
+                    end = file.tell()
+                    torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
+                    data = b"\n" * bool(torn) + text.encode()
+                    if file.write(data) != len(data):  # the disk is full: all lines, or none
+                        file.truncate(end)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.at(name))
                 return
             # Most object stores cannot append.
             before = self.read(name) if self.exists(name) else b""
@@ -155,15 +161,30 @@ class Storage:
 
     def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
         """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
+        _, lines = self.tail_lines(name, num_bytes)
+        return _records([line.decode(errors="replace") for line in lines if line.endswith(b"\n")])
+
+    def tail_lines(self, name: str, num_bytes: int) -> tuple[int, list[bytes]]:
+        """The lines that start within the last bytes of a file, and where the first of them does.
+
+        Each line keeps its end; one without (its writer was killed) can only be the last.
+        """
         try:
             size = self.size(name)
             start = max(size - num_bytes, 0)
-            text = self._fs.cat_file(self.at(name), start=start, end=size).decode(errors="replace")
+            data = self._fs.cat_file(self.at(name), start=start, end=size)
         except FileNotFoundError:
-            return []
-        lines = text.split("\n")
-        lines = lines[1:-1] if start else lines[:-1]  # the first and the last may be cut
-        return _records(lines)
+            return 0, []
+        if start:
+            _, _, data = data.partition(b"\n")  # the rest of a line that starts before
+        return size - len(data), data.splitlines(keepends=True)
+
+    def truncate(self, name: str, num_bytes: int) -> None:
+        """Keep only the first bytes of a file."""
+        if self.is_local:
+            os.truncate(self.at(name), num_bytes)
+        else:
+            self.write(name, self._fs.cat_file(self.at(name), start=0, end=num_bytes))
 
     def check_writable(self) -> None:
         """Make the folder and write to it.

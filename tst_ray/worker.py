@@ -6,46 +6,55 @@
 step)` returns an iterator of local batches (through Ray Data, or read in this process). All state
 is the model, the optimizer and one integer, the number of finished steps: learning rate, data
 order and random numbers are functions of it, so restoring a step restores everything.
+
+Ranks agree without extra messages: what one of them wants (to stop, say) rides along in the sum of
+the losses that each step needs anyway, so all see it after the same step.
 """
 
 from __future__ import annotations
 
-import math
-import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pipelines.ingest import (
-    FILLER,
-    BatchMismatch,
-    Columns,
-    Feed,
-    check_batch,
-    load_manifest,
-)
-from pipelines.order import digest, rank_slots, rows_per_rank, span_hashes
+from pipelines.ingest import BatchMismatch, Columns, Feed, check_batch, load_manifest
+from pipelines.order import digest, span_hashes
 from pipelines.permute import combine
-from pipelines.shards import Manifest, TokenReader
 from tst_ray.architecture import describe, hf_config
-from tst_ray.checkpoint import Checkpointer
+from tst_ray.batches import Validation, micro_batches, timed
+from tst_ray.checkpoint import (
+    Checkpointer,
+    CheckpointInfo,
+    Ranks,
+    committed,
+    find_good,
+    forget_after,
+)
 from tst_ray.config import Config
 from tst_ray.errors import RunError
-from tst_ray.metrics import MetricsLog, add_event, peak_flops
+from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
+from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
-from tst_ray.plan import Phase, Plan, flops_per_step
+from tst_ray.plan import Phase, Plan
+from tst_ray.speed import Speed
 from tst_ray.storage import Storage
+from tst_ray.timeouts import Bounds
+from tst_ray.watchdog import Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
 
-_STATE_EVERY_S = 1.0
+DONE, ROLLBACK, FAILED_SAVES = "done", "rollback", "failed_saves"
+GROW, PREEMPTION, INTERRUPT = "grow", "preemption", "interrupt"
+STOPS = (GROW, PREEMPTION, INTERRUPT, FAILED_SAVES)
+"""Why rank 0 may end a group between two steps; in all but the last after a checkpoint."""
+
+_MEMORY_KEEP = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Job:
         feeds: one a phase of the plan.
         run_url: the run directory.
         last_step: where this stage ends.
+        memory_url: where checkpoints in memory are kept; None for none.
     """
 
     config: Config
@@ -64,25 +74,32 @@ class Job:
     feeds: tuple[Feed, ...]
     run_url: str
     last_step: int
+    memory_url: str | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """This worker's place in its group."""
+    """This worker's place in its group; `node` is a name for the machine it is on."""
 
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
+    node: str = ""
 
 
-def train(job: Job, place: Place, open_batches: OpenBatches) -> int:
-    """Train from the newest good checkpoint to the end of the stage.
+@dataclass(frozen=True)
+class Ended:
+    """How a group ended: after how many finished steps, and why (`DONE`, or one of the others)."""
 
-    Returns:
-        the number of finished steps, `job.last_step`.
+    step: int
+    reason: str
+
+
+def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
+    """Train from the newest good checkpoint to the end of the stage, or until told to stop.
 
     Raises:
-        RunError: no checkpoint of several is intact.
+        RunError: no checkpoint of several is intact, or too many roll-backs.
         BatchMismatch: a batch is not the one the plan says.
     """
     trainer = Trainer(job, place)
@@ -95,10 +112,13 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> int:
             record = trainer.train_step(phase, step, batch, wait_s)
             step += 1
             if trainer.evaluation_due(phase, step):
-                record["val_loss"] = trainer.evaluate()
-            trainer.log(record)
-            if trainer.checkpoint_due(step):
-                trainer.save(step)
+                record["val_loss"] = trainer.evaluate(step)
+            trainer.journal.log(record)
+            if rollback := trainer.guard.rollback(step - 1):
+                return trainer.roll_back(rollback, step)
+            if trainer.stop_reason:
+                return trainer.stop(step)
+            trainer.save_if_due(step)
             if step == phase.last_step:
                 break
         if step < min(phase.last_step, job.last_step):
@@ -107,19 +127,23 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> int:
                 "were planned"
             )
     trainer.finish(step)
-    return step
+    return Ended(step, DONE)
 
 
 class Trainer:
-    """One worker's model, optimizer, checkpointer and (on rank 0) log."""
+    """One worker's model, optimizer, checkpoints, guard, watchdog and journal."""
 
     def __init__(self, job: Job, place: Place) -> None:
         config = job.config
         self.job, self.place, self.config, self.plan = job, place, config, job.plan
         self.device = torch.device(place.device)
         self.run = Storage(job.run_url)
+        self.times = {"entered": round(time.time(), 3)}
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        self.ranks = Ranks()
+        self.journal = Journal(self.run, job.plan, self._writer())
+        self.watchdog = self._start_watchdog()
         manifest = load_manifest(job.feeds[0])
         self.hf_config = hf_config(
             config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
@@ -134,28 +158,97 @@ class Trainer:
             activation_checkpointing=config.train.activation_checkpointing,
         )
         self.optimizer = build_optimizer(self.model, config.train)
-        self.checkpointer = Checkpointer(
+        self.checkpointer, self.memory = self._checkpointers()
+        self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)
+        self.speed = Speed(self.plan, describe(self.hf_config), place.device, place.world_size)
+        self.guard = Guard(config.fault)
+        self.passed_over: Callable[[int], bool] = lambda step: False
+        self.stop_reason: str | None = None
+        self.times["built"] = round(time.time(), 3)
+
+    def _writer(self) -> Writer:
+        nodes = self.ranks.gather(self.place.node)
+        return Writer(self.place.rank, self.place.world_size, tuple(n for n in nodes if n))
+
+    def _start_watchdog(self) -> Watchdog | None:
+        fault = self.config.fault
+        if fault.hang_s is None:
+            return None
+        bounds = Bounds(fault.hang_s, fault.start_s)
+        dog = Watchdog(self.job.run_url, bounds, self.journal.attempt, self.place.rank)
+        dog.expect("start", 0)
+        return dog
+
+    def _checkpointers(self) -> tuple[Checkpointer, Checkpointer | None]:
+        """Those of storage, and of memory where there is one."""
+        settings, is_current = self.config.checkpoint, self.journal.is_current
+        durable = Checkpointer(
             self.run / "checkpoints",
-            keep=config.checkpoint.keep,
-            background=config.checkpoint.async_,
-            on_event=self.event,
-            is_current=self.is_current,
+            keep=settings.keep,
+            background=settings.async_,
+            on_event=self.journal.event,
+            is_current=is_current,
         )
-        self.validation = Validation.load(config, self.plan, manifest, place)
-        self.speed = Speed(self.plan, describe(self.hf_config), place)
-        self.metrics: MetricsLog | None = None
-        self.attempt = 0
-        self._state_at = 0.0
+        if self.job.memory_url is None:
+            return durable, None
+        memory = Checkpointer(
+            Storage(self.job.memory_url) / "checkpoints",
+            keep=_MEMORY_KEEP,
+            background=settings.async_,
+            # Every hundred steps or so: only what goes wrong is worth a line.
+            on_event=lambda kind, **details: (
+                None if kind == "checkpoint" else self.journal.event(kind, memory=True, **details)
+            ),
+            is_current=is_current,
+        )
+        return durable, memory
 
     # -- a step ---------------------------------------------------------------------------------
 
     def train_step(self, phase: Phase, step: int, batch: Columns, wait_s: float) -> dict[str, Any]:
         """Train on this rank's share of one global batch and return the step's record."""
+        self.expect("step", step)
         started = time.perf_counter()
         feed = self.job.feeds[phase.index]
         spans = check_batch(batch, feed, step, self.place.rank, self.place.world_size)
-        seed_step(self.config.run.seed, step, self.place.rank)
+        passed_over = self.passed_over(step)
+        lr = self.config.train.learning_rate * self.plan.lr_multiplier(step)
+        losses = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2)]
+        norm = 0.0
+        if not passed_over:
+            seed_step(self.config.run.seed, step, self.place.rank)
+            losses = self._backward(phase, batch)
+            norm = float(clip_grad_norm(self.model, self.config.train.clip_norm))
 
+        lanes = span_hashes(spans, feed.salt).sum(axis=0)
+        sums = self.all_sum(losses, [*lanes.tolist(), self._wish()])
+        self.stop_reason = STOPS[int(sums[-1]) - 1] if sums[-1] else None
+        mark: str | None = PASSED_OVER
+        if not passed_over:
+            mark = self.guard.observe(step, sums[0], norm)
+            if is_finite(sums[0], norm):
+                set_lr(self.optimizer, lr)
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        record = {
+            "step": step + 1,
+            "phase": phase.index,
+            "bag_size": phase.bag_size,
+            "loss": None if passed_over else sums[0],
+            "lr": lr,
+            "grad_norm": None if passed_over else norm,
+            "world_size": self.place.world_size,
+            "attempt": self.journal.attempt,
+            "data_digest": digest(sums[2:-1]),
+            "mark": mark,
+        }
+        if self.model.has_router:
+            record["router_loss"] = sums[1]
+        record.update(self.speed.measure(phase, step + 1, time.perf_counter() - started, wait_s))
+        return record
+
+    def _backward(self, phase: Phase, batch: Columns) -> list[torch.Tensor]:
+        """Gradients of this rank's share; its sums of the loss and of the router's, float64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         router_sum = torch.zeros_like(loss_sum)
         pieces = micro_batches(batch, self.config.train.micro_batch_size)
@@ -166,38 +259,21 @@ class Trainer:
             out.objective.backward()
             loss_sum += out.loss.detach()
             router_sum += out.router_loss.detach()
-        lr = self.config.train.learning_rate * self.plan.lr_multiplier(step)
-        set_lr(self.optimizer, lr)
-        grad_norm = clip_grad_norm(self.model, self.config.train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        return [loss_sum, router_sum]
 
-        lanes = span_hashes(spans, feed.salt).sum(axis=0)
-        sums = self.all_sum([loss_sum, router_sum], lanes.tolist())
-        record = {
-            "step": step + 1,
-            "phase": phase.index,
-            "bag_size": phase.bag_size,
-            "loss": sums[0],
-            "lr": lr,
-            "grad_norm": float(grad_norm),
-            "world_size": self.place.world_size,
-            "attempt": self.attempt,
-            "data_digest": digest(sums[2:]),
-        }
-        if self.model.has_router:
-            record["router_loss"] = sums[1]
-        record.update(self.speed.measure(phase, step + 1, time.perf_counter() - started, wait_s))
-        return record
-
-    def evaluate(self) -> float | None:
+    def evaluate(self, step: int) -> float | None:
         """Plain next-token cross-entropy (nats) on held-out text; None where none was held out."""
         if self.validation.num_targets == 0:
             return None
+        started = time.perf_counter()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens, num_real in self.validation.micro_batches:
+            self.expect("evaluation", step)
             total += self.model.next_token_loss(tokens.to(self.device), num_real=num_real)
-        return self.all_sum([total])[0] / self.validation.num_targets
+        loss = self.all_sum([total])[0] / self.validation.num_targets
+        self.journal.timing(eval_s=time.perf_counter() - started)
+        self.expect("step", step)
+        return loss
 
     def all_sum(self, values: list[torch.Tensor], lanes: Sequence[int] = ()) -> list[float]:
         """Sum scalar tensors and integers below 2^40 over the ranks, in one collective; float64."""
@@ -207,17 +283,39 @@ class Trainer:
             dist.all_reduce(packed)
         return list(packed.tolist())
 
-    # -- when things are due --------------------------------------------------------------------
+    def _wish(self) -> int:
+        """What this rank wants all to do after the step: a place in `STOPS`, from 1; 0 nothing."""
+        if self.place.rank == 0:
+            if self.checkpointer.failed_saves >= self.config.fault.max_failed_saves:
+                return STOPS.index(FAILED_SAVES) + 1
+            if reason := self.journal.stop_reason():
+                return STOPS.index(reason) + 1
+        return 0
+
+    def expect(self, kind: str, step: int) -> None:
+        """Tell the watchdog that what came before is done, and what comes next."""
+        if self.watchdog is not None:
+            self.watchdog.expect(kind, step)
+
+    # -- state ----------------------------------------------------------------------------------
 
     def evaluation_due(self, phase: Phase, step: int) -> bool:
         """At every `metrics.val_every` steps, and where a phase ends."""
         return step % self.config.metrics.val_every == 0 or step == phase.last_step
 
-    def checkpoint_due(self, step: int) -> bool:
-        """At every `checkpoint.every` steps, and where the stage ends."""
-        return step % self.config.checkpoint.every == 0 or step == self.job.last_step
+    def save_if_due(self, step: int) -> None:
+        """Save to memory and to storage, each at its own interval; to storage where a stage ends.
 
-    # -- state ----------------------------------------------------------------------------------
+        A state that the guard mistrusts is kept only there.
+        """
+        settings, ends = self.config.checkpoint, step == self.job.last_step
+        if self.guard.suspicious and not ends:
+            return
+        every = settings.memory_every
+        if self.memory is not None and every and step % every == 0 and not ends:
+            self.save(step, self.memory)
+        if step % settings.every == 0 or ends:
+            self.save(step, self.checkpointer)
 
     def state(self) -> dict[str, Any]:
         """Model and optimizer state by parameter name, sharded as they are."""
@@ -225,218 +323,154 @@ class Trainer:
         return {"model": model, "optimizer": optimizer}
 
     def restore(self) -> int:
-        """Load the newest good checkpoint and open the log behind it; the finished steps."""
-        info = self.checkpointer.newest_good()
+        """Load the newest good checkpoint and open the journal behind it; the finished steps."""
+        roots = [saver.root for saver in (self.memory, self.checkpointer) if saver is not None]
+        info = find_good(roots, self.journal.event, self.ranks)
+        self.times["verified"] = round(time.time(), 3)
         if info is not None:
-            state = self.state()
-            self.checkpointer.load(info, state)
-            set_state_dict(
-                self.model,
-                self.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
+            self._load(info)
         step = info.step if info else 0
-        self._begin_attempt(step)
+        self.times["loaded"] = round(time.time(), 3)
+        self._begin(step, in_memory=bool(info and self.memory and self.memory.holds(info)))
         return step
 
-    def _begin_attempt(self, step: int) -> None:
-        """Count the attempt, record where it starts, and cut the log back to there."""
-        before = self.run.read_json("run.json") or {}
-        if dist.is_initialized():
-            dist.barrier()  # every rank has read run.json before rank 0 replaces it
-        self.attempt = int(before.get("attempt", 0)) + 1
-        if self.place.rank != 0:
-            return
-        self.metrics = MetricsLog(
-            self.run, step, self.config.metrics.tensorboard_every, self.config.to_yaml()
+    def _load(self, info: CheckpointInfo) -> None:
+        state = self.state()
+        self.checkpointer.load(info, state)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
         )
-        self.write_state(step)
-        self.event("attempt", step=step, attempt=self.attempt, world_size=self.place.world_size)
 
-    def save(self, step: int) -> None:
+    def _begin(self, step: int, in_memory: bool) -> None:
+        """Open the journal, and take up what the guard and the roll-backs before left."""
+        wanted = 4 * self.config.fault.spike_window
+        self.journal.begin(
+            step,
+            self.config.metrics.tensorboard_every,
+            self.config.to_yaml(),
+            from_memory=in_memory,
+            times=self.times,
+        )
+        first_step = self.plan.phase_at(step).first_step if step < self.plan.total_steps else step
+        history, rollbacks = self.ranks.gather(
+            (
+                [
+                    (record["loss"], record.get("mark"))
+                    for record in self.journal.recent(wanted)
+                    if record["step"] > first_step
+                ],
+                read_passed_over(self.run),
+            )
+        )[0]
+        self.guard.resume(history)
+        self.num_rollbacks = len(rollbacks)
+        self.passed_over = steps_passed_over(rollbacks)
+
+    def save(self, step: int, saver: Checkpointer) -> None:
         """Start a checkpoint of the state after `step` steps."""
-        if self.metrics is not None:
-            self.metrics.flush()  # a committed step is not trained again, so its line must stand
+        self.expect("save", step)
+        started = time.perf_counter()
+        self.journal.flush()  # a committed step is not trained again, so its line must stand
         data_tokens, latent_tokens = self.plan.tokens_after(step)
-        meta = {"attempt": self.attempt, "data_tokens": data_tokens, "latent_tokens": latent_tokens}
-        self.checkpointer.save(step, self.state(), meta)
+        meta = {
+            "attempt": self.journal.attempt,
+            "data_tokens": data_tokens,
+            "latent_tokens": latent_tokens,
+        }
+        saver.save(step, self.state(), meta)
+        self.journal.timing(stall_s=time.perf_counter() - started)
+        self.expect("step", step)
 
-    # -- telling --------------------------------------------------------------------------------
+    def roll_back(self, rollback: Rollback, step: int) -> Ended:
+        """Forget the checkpoints since before the offending steps, and pass over their data.
+
+        Raises:
+            RunError: that was done `fault.max_rollbacks` times already.
+        """
+        self._wait_for_saves(step)
+        most = self.config.fault.max_rollbacks
+        if self.num_rollbacks >= most:
+            raise RunError(
+                f"step {step}: {rollback.why}, after {most} roll-backs (fault.max_rollbacks); see "
+                "events.jsonl for the data, lower train.learning_rate in a new run, or raise it"
+            )
+        if self.place.rank == 0:
+            self._record_rollback(rollback)
+        self.ranks.gather(None)  # nobody restarts before it is written
+        self._close(step)
+        return Ended(step, ROLLBACK)
+
+    def _record_rollback(self, rollback: Rollback) -> None:
+        for saver in (self.memory, self.checkpointer):
+            if saver is not None:
+                forget_after(saver.root, rollback.first_step)
+        left = committed(self.checkpointer.root)
+        facts = {
+            "first_step": rollback.first_step,
+            "last_step": rollback.last_step,
+            "why": rollback.why,
+            "back_to": left[0].step if left else 0,
+        }
+        self.journal.pass_over(facts)
+        self.journal.event("rollback", **facts, spans=self._name_spans(rollback))
+
+    def _name_spans(self, rollback: Rollback) -> list[list[Any]]:
+        """[step, source, epoch, offset, tokens] of each sequence that is passed over."""
+        named = []
+        for step in range(rollback.first_step, rollback.last_step + 1):
+            order = self.job.feeds[0].order
+            spans = order.spans(step)
+            names = [order.sources[number].name for number in spans.source.tolist()]
+            for name, epoch, offset in zip(
+                names, spans.epoch.tolist(), spans.offset.tolist(), strict=True
+            ):
+                named.append([step + 1, name, epoch, offset, spans.length])
+        return named
 
     def start_phase(self, phase: Phase, step: int) -> None:
         """Record that a phase begins or goes on."""
-        self.event(
+        if step == phase.first_step:
+            self.guard.start_phase()
+        self.journal.event(
             "phase_start",
             phase=phase.index,
             bag_size=phase.bag_size,
             step=step,
             world_size=self.place.world_size,
         )
+        self.journal.step_began()
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Write a step's record, and now and then where the run stands."""
-        if self.metrics is None:
-            return
-        self.metrics.write({name: value for name, value in record.items() if value is not None})
-        if time.monotonic() - self._state_at > _STATE_EVERY_S:
-            self.write_state(record["step"])
-
-    def write_state(self, step: int) -> None:
-        """Replace run.json.
-
-        Raises:
-            RunError: another attempt has taken over; this one must not write any more.
-        """
-        if not self.is_current():
-            raise RunError("another attempt of this run has taken over; this one ends")
-        self._state_at = time.monotonic()
-        done = step >= self.plan.total_steps
-        self.run.write_json(
-            "run.json",
-            {
-                "status": "running",
-                "phase": self.plan.phases[-1].index if done else self.plan.phase_at(step).index,
-                "step": step,
-                "total_steps": self.plan.total_steps,
-                "world_size": self.place.world_size,
-                "attempt": self.attempt,
-                "updated": round(time.time(), 3),
-            },
-        )
-
-    def is_current(self) -> bool:
-        """Whether no newer attempt has started: workers can outlive a driver that was killed."""
-        state = self.run.read_json("run.json") or {}
-        return int(state.get("attempt", 0)) <= self.attempt
-
-    def event(self, kind: str, **details: Any) -> None:
-        """Add an event to the run's log; rank 0 only."""
-        if self.place.rank == 0:
-            add_event(self.run, kind, **details)
+    def stop(self, step: int) -> Ended:
+        """End between two steps because rank 0 wants it, with a checkpoint where storage works."""
+        reason = self.stop_reason
+        assert reason is not None
+        if reason != FAILED_SAVES:
+            self.save(step, self.checkpointer)
+        self._wait_for_saves(step)
+        self.journal.event("stop", step=step, reason=reason)
+        self._close(step)
+        return Ended(step, reason)
 
     def finish(self, step: int) -> None:
         """Wait for the last checkpoint and close the log."""
-        self.checkpointer.wait()
-        if self.metrics is not None:
-            self.metrics.close()
-            self.write_state(step)
+        self._wait_for_saves(step)
+        self._close(step)
 
+    def _wait_for_saves(self, step: int) -> None:
+        self.expect("save", step)
+        for saver in (self.memory, self.checkpointer):
+            if saver is not None:
+                saver.wait()
 
-@dataclass(frozen=True)
-class Validation:
-    """This rank's share of the held-out sequences, in micro-batches of equal number on all ranks.
-
-    Attributes:
-        micro_batches: (tokens [n, L + 1], how many of the rows are real).
-        num_targets: predicted tokens over all ranks.
-    """
-
-    micro_batches: list[tuple[torch.Tensor, int]]
-    num_targets: int
-
-    @classmethod
-    def load(cls, config: Config, plan: Plan, manifest: Manifest, place: Place) -> Validation:
-        """Read evenly spaced sequences of the validation split, the same at every world size."""
-        tokens_NL = validation_tokens(
-            manifest, config.metrics.val_sequences, plan.sequence_length + 1
-        )
-        mine = tokens_NL[rank_slots(len(tokens_NL), place.world_size, place.rank)]
-        height = rows_per_rank(len(tokens_NL), place.world_size)
-        padded = np.zeros((height, plan.sequence_length + 1), np.int64)
-        padded[: len(mine)] = mine
-        batch = {"tokens": padded, "slot": np.where(np.arange(height) < len(mine), 0, FILLER)}
-        pieces = micro_batches(batch, config.train.micro_batch_size) if height else []
-        return cls(pieces, len(tokens_NL) * plan.sequence_length)
-
-
-def validation_tokens(manifest: Manifest, num_sequences: int, length: int) -> np.ndarray[Any, Any]:
-    """Up to `num_sequences` evenly spaced sequences of `length` tokens, over all sources."""
-    rows: list[np.ndarray[Any, Any]] = []
-    total = sum(source.validation.tokens for source in manifest.sources)
-    for source in manifest.sources:
-        available = source.validation.tokens // length
-        share = round(num_sequences * source.validation.tokens / total) if total else 0
-        count = min(max(share, 1), available) if available else 0
-        reader = TokenReader(manifest, source.name, "validation")
-        for number in range(count):
-            start = number * available // count * length
-            rows.append(reader.read(start, start + length))
-    return np.stack(rows).astype(np.int64) if rows else np.zeros((0, length), np.int64)
-
-
-class Speed:
-    """Turns a step's times into throughput, utilisation and memory.
-
-    Args:
-        shape: the model's `ModelShape`.
-    """
-
-    def __init__(self, plan: Plan, shape: Any, place: Place) -> None:
-        self._plan, self._place = plan, place
-        self._cuda = place.device.startswith("cuda")
-        name = torch.cuda.get_device_name(place.device) if self._cuda else ""
-        peak = peak_flops(name)
-        self._peak = peak * place.world_size if peak else None
-        self._flops = [flops_per_step(shape, phase) for phase in plan.phases]
-
-    def measure(self, phase: Phase, step: int, compute_s: float, wait_s: float) -> dict[str, Any]:
-        """Fields of metrics.jsonl for the step that just ended."""
-        step_time_s = compute_s + wait_s
-        data_tokens, latent_tokens = self._plan.tokens_after(step)
-        return {
-            "data_tokens": data_tokens,
-            "latent_tokens": latent_tokens,
-            "step_time_s": round(step_time_s, 6),
-            "data_wait_s": round(wait_s, 6),
-            "tokens_per_s": round(phase.data_tokens_per_step / step_time_s, 1),
-            "latent_tokens_per_s": round(phase.latent_tokens_per_step / step_time_s, 1),
-            "memory_bytes": self._memory_bytes(),
-            "mfu": self._flops[phase.index] / step_time_s / self._peak if self._peak else None,
-        }
-
-    def _memory_bytes(self) -> int:
-        """The most this worker has held: device memory, or resident memory on CPU."""
-        if self._cuda:
-            return torch.cuda.max_memory_allocated(self._place.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[torch.Tensor, int]]:
-    """Split a local batch into micro-batches: as many on every rank, whatever its share.
-
-    Filler rows come last. They are dropped where real rows are left; a micro-batch with none keeps
-    one filler, which counts for nothing, because FSDP needs the same passes on every rank.
-
-    Args:
-        batch: `tokens` [rows, …] and `slot` [rows], −1 for a filler.
-        micro_batch_size: rows of a micro-batch at most; None takes all at once.
-
-    Returns:
-        (tokens int64 [n, …], how many of the n rows are real), n >= 1.
-    """
-    height = len(batch["slot"])
-    num_real = int((batch["slot"] != FILLER).sum())
-    count = math.ceil(height / (micro_batch_size or height))
-    out = []
-    for rows in np.array_split(np.arange(height), count):
-        real = int((rows < num_real).sum())
-        kept = rows[:real] if real else rows[:1]
-        out.append((torch.from_numpy(batch["tokens"][kept].astype(np.int64)), real))
-    return out
+    def _close(self, step: int) -> None:
+        self.journal.close(step)
+        if self.watchdog is not None:
+            self.watchdog.close()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make random numbers (dropout) a function of the step, so that no generator state is saved."""
     torch.manual_seed(int(combine(seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-def timed(batches: Iterable[Columns]) -> Iterator[tuple[Columns, float]]:
-    """Each batch, with the seconds that were spent waiting for it."""
-    iterator = iter(batches)
-    while True:
-        started = time.perf_counter()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - started

@@ -1,0 +1,101 @@
+"""Local batches on their way into the model: micro-batches, held-out text, waiting times.
+
+local batch (numpy columns) ──> micro_batches ──> (tokens, how many rows are real)
+manifest ──> Validation.load ──> this rank's held-out micro-batches
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.ingest import FILLER, Columns
+from pipelines.order import rank_slots, rows_per_rank
+from pipelines.shards import Manifest, TokenReader
+from tst_ray.config import Config
+from tst_ray.plan import Plan
+
+
+def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[torch.Tensor, int]]:
+    """Split a local batch into micro-batches: as many on every rank, whatever its share.
+
+    Filler rows come last. They are dropped where real rows are left; a micro-batch with none keeps
+    one filler, which counts for nothing, because FSDP needs the same passes on every rank.
+
+    Args:
+        batch: `tokens` [rows, …] and `slot` [rows], −1 for a filler.
+        micro_batch_size: rows of a micro-batch at most; None takes all at once.
+
+    Returns:
+        (tokens int64 [n, …], how many of the n rows are real), n >= 1.
+    """
+    height = len(batch["slot"])
+    num_real = int((batch["slot"] != FILLER).sum())
+    count = math.ceil(height / (micro_batch_size or height))
+    out = []
+    for rows in np.array_split(np.arange(height), count):
+        real = int((rows < num_real).sum())
+        kept = rows[:real] if real else rows[:1]
+        out.append((torch.from_numpy(batch["tokens"][kept].astype(np.int64)), real))
+    return out
+
+
+@dataclass(frozen=True)
+class Validation:
+    """This rank's share of the held-out sequences, in micro-batches of equal number on all ranks.
+
+    Attributes:
+        micro_batches: (tokens [n, L + 1], how many of the rows are real).
+        num_targets: predicted tokens over all ranks.
+    """
+
+    micro_batches: list[tuple[torch.Tensor, int]]
+    num_targets: int
+
+    @classmethod
+    def load(
+        cls, config: Config, plan: Plan, manifest: Manifest, rank: int, world_size: int
+    ) -> Validation:
+        """Read evenly spaced sequences of the validation split, the same at every world size."""
+        tokens_NL = validation_tokens(
+            manifest, config.metrics.val_sequences, plan.sequence_length + 1
+        )
+        mine = tokens_NL[rank_slots(len(tokens_NL), world_size, rank)]
+        height = rows_per_rank(len(tokens_NL), world_size)
+        padded = np.zeros((height, plan.sequence_length + 1), np.int64)
+        padded[: len(mine)] = mine
+        batch = {"tokens": padded, "slot": np.where(np.arange(height) < len(mine), 0, FILLER)}
+        pieces = micro_batches(batch, config.train.micro_batch_size) if height else []
+        return cls(pieces, len(tokens_NL) * plan.sequence_length)
+
+
+def validation_tokens(manifest: Manifest, num_sequences: int, length: int) -> np.ndarray[Any, Any]:
+    """Up to `num_sequences` evenly spaced sequences of `length` tokens, over all sources."""
+    rows: list[np.ndarray[Any, Any]] = []
+    total = sum(source.validation.tokens for source in manifest.sources)
+    for source in manifest.sources:
+        available = source.validation.tokens // length
+        share = round(num_sequences * source.validation.tokens / total) if total else 0
+        count = min(max(share, 1), available) if available else 0
+        reader = TokenReader(manifest, source.name, "validation")
+        for number in range(count):
+            start = number * available // count * length
+            rows.append(reader.read(start, start + length))
+    return np.stack(rows).astype(np.int64) if rows else np.zeros((0, length), np.int64)
+
+
+def timed(batches: Iterable[Columns]) -> Iterator[tuple[Columns, float]]:
+    """Each batch, with the seconds that were spent waiting for it."""
+    iterator = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started

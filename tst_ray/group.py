@@ -1,0 +1,260 @@
+"""One worker group on Ray Train, from its start to its end. The one user of ray.train.
+
+    Group.start ──> TorchTrainer.fit, in a thread ──> worker.train on every worker
+                                                        ▲ batches: Ray Data (pipelines/ingest.py)
+    Group.outcome ◄── Ended │ GroupFailed
+
+Each attempt is a `fit` of its own with a fixed number of workers, and Ray Train restarts nothing by
+itself: it would resize without a checkpoint, count Ray Data's CPUs as free for workers, and go back
+to the checkpoint that its controller has heard of, which is older than the newest committed one.
+Who decides what comes next is stage.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipelines.errors import DataError
+from pipelines.ingest import Feed
+from pipelines.storage import locate
+from tst_ray.config import Config
+from tst_ray.errors import RunError, UserError
+from tst_ray.journal import read_state
+from tst_ray.plan import Phase
+from tst_ray.session import worker_resources
+from tst_ray.storage import Storage
+from tst_ray.timeouts import COLLECTIVE_S, GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
+
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_S,
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": WORKER_ANSWER_S,
+}
+
+
+class GroupFailed(Exception):
+    """A group ended without having finished or been told to; another attempt may go on.
+
+    Attributes:
+        started: whether its processes ran at all; else there was no room for them.
+    """
+
+    def __init__(self, message: str, started: bool) -> None:
+        super().__init__(message)
+        self.started = started
+
+
+class Group:
+    """A worker group, at work in the background from the moment it is made.
+
+    Args:
+        run: the run directory.
+        job: what each worker is told (`worker.Job`).
+        world_size: how many workers.
+    """
+
+    def __init__(self, run: Storage, job: Any, world_size: int) -> None:
+        self._run, self._job, self._world_size = run, job, world_size
+        self._result: Any = None
+        self._error: BaseException | None = None
+        # A thread: the main one must stay free for signals, and Ray Train's own handler, which
+        # would end the run at the first Ctrl-C, is only set up there.
+        self._thread = threading.Thread(target=self._fit, name="worker-group", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the group has ended, after at most so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def outcome(self) -> Any:
+        """How it ended (`worker.Ended`); call once it has.
+
+        Raises:
+            GroupFailed: a worker died or failed in a way that another attempt may not meet.
+            RunError: in a way that it would only meet again.
+        """
+        if self._error is None:
+            return self._result
+        raise self._explained(self._error) from self._error
+
+    def _fit(self) -> None:
+        try:
+            self._result = _fit(self._run, self._job, self._world_size)
+        except BaseException as error:
+            self._error = error
+
+    def _explained(self, error: BaseException) -> Exception:
+        from ray.train import ControllerError, TrainingFailedError
+
+        if isinstance(error, ControllerError):
+            return GroupFailed(one_line(error.controller_failure), started=False)
+        if not isinstance(error, TrainingFailedError):
+            return GroupFailed(one_line(error), started=False)
+        failures = {
+            rank: getattr(failure, "_base_exc", failure)
+            for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
+        }
+        for failure in failures.values():
+            if isinstance(failure, (UserError, DataError)):
+                return RunError(str(failure))
+        told = [f"rank {rank}: {one_line(failure)}" for rank, failure in failures.items()]
+        return GroupFailed("; ".join(told) or one_line(error), started=True)
+
+
+def _fit(run: Storage, job: Any, world_size: int) -> Any:
+    """Run `train_worker` on every worker of a new group, to its end.
+
+    See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    for name, value in _RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, str(value))
+    config: Config = job.config
+    gpus = config.cluster.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=world_size,
+            use_gpu=gpus > 0,
+            resources_per_worker=worker_resources(config),
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray Train would take a known name for a run of its own to restore.
+            name=f"group-{uuid.uuid4().hex[:8]}",
+            **_ray_storage(run),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(COLLECTIVE_S)),
+        datasets=_datasets(job),
+        dataset_config=_phase_data(run.url),
+    )
+    return trainer.fit().return_value
+
+
+def _ray_storage(run: Storage) -> dict[str, Any]:
+    """Where Ray Train keeps its own state: beside the run's, opened as the shards are."""
+    if run.is_local:
+        return {"storage_path": run.at("ray")}
+    filesystem, path = locate(run.location("ray"))
+    return {"storage_path": path, "storage_filesystem": filesystem}
+
+
+def train_worker(loop_config: dict[str, Any]) -> Any:
+    """What each Ray Train worker runs: `worker.train`, fed by Ray Data."""
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    from tst_ray.worker import Job, Place, train
+
+    job: Job = loop_config["job"]
+    context = ray.train.get_context()
+    place = Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        str(ray.train.torch.get_device()),
+        ray.get_runtime_context().get_node_id(),
+    )
+
+    def open_batches(phase: Phase, step: int) -> Iterator[Any]:
+        feed = job.feeds[phase.index]
+        rows = feed.rows_per_rank(place.world_size)
+        for first, last in feed.parts(phase.max_workers):
+            if step < last:
+                shard = ray.train.get_dataset_shard(_dataset_name(feed, first))
+                yield from shard.iter_batches(
+                    batch_size=rows, batch_format="numpy", prefetch_batches=4
+                )
+
+    return train(job, place, open_batches)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The steps [first, last) of a phase, read as one Ray dataset."""
+
+    feed: Feed
+    first: int
+    last: int
+
+
+def _dataset_name(feed: Feed, first: int) -> str:
+    return f"phase-{feed.phase}-from-{first}"
+
+
+def _datasets(job: Any) -> dict[str, Callable[[], Any]]:
+    """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
+    parts = [
+        _Part(feed, first, last)
+        for feed, phase in zip(job.feeds, job.plan.phases, strict=True)
+        for first, last in feed.parts(phase.max_workers)
+    ]
+    return {_dataset_name(part.feed, part.first): partial(_itself, part) for part in parts}
+
+
+def _itself(part: _Part) -> Any:
+    return part
+
+
+def _phase_data(run_url: str) -> Any:
+    import ray.data
+    import ray.train
+
+    from pipelines.ingest import ray_dataset
+
+    class PhaseData(ray.train.DataConfig):  # type: ignore[misc,unused-ignore]
+        """Makes each dataset for the group that is there, from the step it starts at.
+
+        Ray Train calls `configure` when rank 0 first asks for a dataset, so after rank 0 has
+        restored a checkpoint and written to run.json which step that was.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._splits: list[Any] = []  # of each dataset made so far
+
+        def configure(
+            self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+        ) -> list[dict[str, Any]]:
+            step = int(read_state(Storage(run_url))["step"])
+            output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+            for name, part in datasets.items():
+                dataset = ray_dataset(part.feed, max(step, part.first), part.last, world_size)
+                dataset.set_name(name)
+                dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+                dataset.context.enable_progress_bars = False
+                splits = dataset.streaming_split(world_size, equal=True)
+                for rank, split in enumerate(splits):
+                    output[rank][name] = split
+                self._retire(splits[0])
+            return output
+
+        def _retire(self, newest: Any) -> None:
+            """End the actor behind all datasets but the last two: Ray Train keeps each for ever.
+
+            When rank 0 opens a dataset, others may still read the one before, but none older: they
+            train in step.
+            """
+            self._splits.append(newest)
+            while len(self._splits) > 2:
+                ray.kill(self._splits.pop(0)._coord_actor)
+
+    return PhaseData()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's last line; for Ray's, that of what the worker raised."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1][:500]

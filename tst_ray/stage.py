@@ -1,0 +1,349 @@
+"""One stage of a run, from where it stands to its last step, over as many attempts as that takes.
+
+    WAIT for room ──> ATTEMPT: one worker group ──> Ended or failed ──> WAIT …
+      (says so)          │ supervised: growth, preemption, interrupts
+                         └──> done │ interrupted │ gave up
+
+    how an attempt ended                 what comes next
+    -----------------------------------  -----------------------------------------------------------
+    done                                 the stage is over
+    grow, preemption: stopped with a     the next attempt, on the nodes that are there then; 0 steps
+      checkpoint, because we asked         are repeated
+    rollback                             the next attempt, from the checkpoint before the trouble
+    a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
+                                           run ends after `fault.max_failures` without progress
+    interrupt: SIGTERM, or Ctrl-C        the run ends, to be resumed by the same command
+    failed_saves                         the run ends, its last good checkpoint intact
+
+An attempt makes progress when it starts at a later step than the one before it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tst_ray.checkpoint import committed
+from tst_ray.config import Config
+from tst_ray.elastic import Growth, growth_pays
+from tst_ray.errors import Interrupted, RunError
+from tst_ray.goodput import Account
+from tst_ray.group import Group, GroupFailed
+from tst_ray.journal import clear_stop, read_state, request_stop, update_state
+from tst_ray.metrics import METRICS, add_event
+from tst_ray.plan import Phase, Plan
+from tst_ray.session import ask_autoscaler, draining_nodes, room_for
+from tst_ray.storage import Storage
+from tst_ray.worker import (
+    DONE,
+    FAILED_SAVES,
+    GROW,
+    INTERRUPT,
+    PREEMPTION,
+    Ended,
+    Job,
+)
+
+Say = Callable[[str], None]
+
+_SUPERVISE_S = 0.5
+_LOOK_FOR_NODES_S = 5.0
+_UNMEASURED_RESTART_S = 20.0
+_TAIL_BYTES = 64 << 10
+
+
+def newest_step(run: Storage) -> int:
+    """The step of the newest committed checkpoint that nobody found damaged; 0 without any.
+
+    Workers, who verify before they load, may find it damaged and go back to an earlier one.
+    """
+    found = committed(run / "checkpoints")
+    return found[0].step if found else 0
+
+
+def charge(run: Storage, part: str) -> None:
+    """Charge the time since the run's account was last written to a part (goodput.py)."""
+    now = time.time()
+    account = Account.from_dict(read_state(run).get("time"), now)
+    account.charge(part, now)
+    update_state(run, time=account.to_dict())
+
+
+class Interrupts:
+    """SIGINT and SIGTERM while a stage trains: the first asks for a checkpoint and an end.
+
+    A second SIGINT stops at once. Main thread only.
+    """
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self.by: int | None = None
+        self._on_first = on_first
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.by is None:
+            self.by = number
+            self._on_first()
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch both signals while the block runs."""
+        before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Stage:
+    """Trains one stage.
+
+    Args:
+        run: the run directory.
+        config, plan: the run's.
+        phases: those of the stage; all have the same allowed world sizes.
+        job: what workers are told.
+        say: tells the user a line.
+        vaults: the memory of the cluster (`memory.Vaults`), kept on every node; None for none.
+    """
+
+    def __init__(
+        self,
+        run: Storage,
+        config: Config,
+        plan: Plan,
+        phases: tuple[Phase, ...],
+        job: Job,
+        say: Say,
+        vaults: Any = None,
+    ) -> None:
+        self.run, self.config, self.plan, self.phases = run, config, plan, phases
+        self.job, self.say, self._vaults = job, say, vaults
+        self.failures = 0
+        self._interrupts = Interrupts(self._on_interrupt)
+        self._asked: str | None = None  # why the group at work was asked to stop
+        self._asked_at = 0.0
+        self._resized_at = time.monotonic()
+        self._looked_at = 0.0
+        self._restart_s = _UNMEASURED_RESTART_S
+        self._measured: dict[int, float] = {}  # world size -> seconds a step
+
+    def train(self) -> None:
+        """Train to the stage's last step.
+
+        Raises:
+            Interrupted: on request; the same command resumes.
+            RunError: it cannot go on.
+        """
+        with self._interrupts.caught():
+            while newest_step(self.run) < self.job.last_step:
+                self._take(self._attempt())
+
+    # -- attempts --------------------------------------------------------------------------------
+
+    def _attempt(self) -> Ended | None:
+        """One attempt; None where it failed and another may follow."""
+        before = read_state(self.run)
+        clear_stop(self.run)
+        self._asked = None
+        try:
+            return self._one_attempt()
+        except GroupFailed as failure:
+            self._count(failure, before)
+            return None
+
+    def _one_attempt(self) -> Ended:
+        if self.config.cluster.backend == "inline":
+            return self._inline()
+        world_size = self._wait_for_room()
+        started = time.monotonic()
+        group = Group(self.run, self.job, world_size)
+        while not group.wait(_SUPERVISE_S):
+            self._supervise(world_size, started)
+        if self._asked:
+            self._restart_s = time.monotonic() - self._asked_at + self._start_s(started)
+        ended: Ended = group.outcome()
+        return ended
+
+    def _inline(self) -> Ended:
+        """Train in this process: one worker, no Ray."""
+        from pipelines.ingest import read_inline
+        from tst_ray.worker import Place, train
+
+        device = "cuda" if self.config.cluster.gpus_per_worker else "cpu"
+        feeds = self.job.feeds
+        return train(
+            self.job,
+            Place(device=device),
+            lambda phase, step: read_inline(feeds[phase.index], step),
+        )
+
+    def _take(self, ended: Ended | None) -> None:
+        """Act on how an attempt ended; return where the next one, if any, may start."""
+        if ended is None:
+            return
+        self.failures = 0
+        if ended.reason == INTERRUPT:
+            raise Interrupted(self._resume_line(ended.step), self._interrupts.by)
+        if ended.reason == FAILED_SAVES:
+            raise RunError(
+                f"{self.run.url}: {self.config.fault.max_failed_saves} checkpoints in a row could "
+                "not be saved (fault.max_failed_saves); the newest good one is of step "
+                f"{newest_step(self.run):,}; make room in run.storage, then run the same command"
+            )
+        if ended.reason == DONE and newest_step(self.run) < self.job.last_step:
+            raise RunError(
+                f"{self.run.url}: training reached step {ended.step}, but its checkpoint was not "
+                "committed; see events.jsonl there, and run the same command again"
+            )
+        if ended.reason != DONE:
+            self.say(f"step {ended.step:,}: {ended.reason}; going on from a checkpoint")
+
+    def _count(self, failure: GroupFailed, before: dict[str, Any]) -> None:
+        """Note a failure; too many in a row end the run.
+
+        Raises:
+            RunError: they are; or the run was interrupted anyway.
+        """
+        now = read_state(self.run)
+        progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
+        if failure.started:
+            self.failures = 1 if progress else self.failures + 1
+            add_event(
+                self.run,
+                "failure",
+                error=str(failure),
+                attempt=now.get("attempt", 0),
+                step=now.get("step", 0),
+                in_a_row=self.failures,
+            )
+        else:
+            self.say(f"the workers did not start: {failure}")
+        charge(self.run, "restart")
+        if self._interrupts.by is not None:
+            raise Interrupted(self._resume_line(newest_step(self.run)), self._interrupts.by)
+        most = self.config.fault.max_failures
+        if self.failures > most:
+            raise RunError(
+                f"{self.run.url}: {failure}; the run gave up after {self.failures} failures in a "
+                "row without progress (fault.max_failures); the same command tries again"
+            )
+        if failure.started:
+            self.say(
+                f"step {now.get('step', 0):,}: a worker failed ({failure}); going on from step "
+                f"{newest_step(self.run):,}"
+            )
+
+    def _resume_line(self, step: int) -> str:
+        return (
+            f"{self.run.url}: stopped, with a checkpoint of step {step:,}; the same command resumes"
+        )
+
+    def _on_interrupt(self) -> None:
+        """The first signal. A group is asked by the supervisor; this process itself, here."""
+        self.say("stopping: finishing the step, then a checkpoint (Ctrl-C again stops at once)")
+        if self.config.cluster.backend == "inline":
+            request_stop(self.run, INTERRUPT)
+
+    # -- room --------------------------------------------------------------------------------------
+
+    def _wait_for_room(self) -> int:
+        """How many workers to start: as many as fit, once that is enough; says so when it waits."""
+        least, most = self.phases[0].min_workers, self.phases[0].max_workers
+        ask_autoscaler(self.config, most)
+        room = room_for(self.config, most)
+        if room < least:
+            self.say(f"waiting for nodes: room for {room} of at least {least} workers")
+            add_event(self.run, "waiting", room=room, min_workers=least)
+            charge(self.run, "restart")
+            while (room := room_for(self.config, most)) < least:
+                if self._interrupts.by is not None:
+                    raise Interrupted(self._resume_line(newest_step(self.run)), self._interrupts.by)
+                time.sleep(_SUPERVISE_S)
+                charge(self.run, "waiting_for_nodes")
+        before = read_state(self.run).get("world_size")
+        if before is not None and before != room:
+            add_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
+            self._resized_at = time.monotonic()
+        if self._vaults is not None:
+            self._vaults.cover()
+        return room
+
+    # -- supervision -------------------------------------------------------------------------------
+
+    def _supervise(self, world_size: int, started: float) -> None:
+        """One look at a group at work, and a request to stop where there is reason."""
+        if self._asked is not None:
+            return
+        if self._interrupts.by is not None:
+            self._ask(INTERRUPT)
+        elif leaving := draining_nodes() & set(read_state(self.run).get("nodes", ())):
+            add_event(self.run, "preemption", nodes=sorted(leaving))
+            self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
+            self._ask(PREEMPTION)
+        elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
+            self._looked_at = time.monotonic()
+            if self._vaults is not None:
+                self._vaults.cover()
+            if self._should_grow(world_size, started):
+                self._ask(GROW)
+
+    def _ask(self, reason: str) -> None:
+        self._asked, self._asked_at = reason, time.monotonic()
+        request_stop(self.run, reason)
+
+    def _should_grow(self, world_size: int, started: float) -> bool:
+        """Whether more workers would fit, and stopping for them pays."""
+        room = room_for(self.config, self.phases[0].max_workers)
+        records = self._records_now(world_size)
+        if room <= world_size or len(records) < 3:
+            return False
+        step_s = sorted(record["step_time_s"] for record in records)[len(records) // 2]
+        self._measured[world_size] = step_s
+        step = records[-1]["step"]
+        growth = Growth(
+            world_size=world_size,
+            possible=room,
+            num_sequences=self.plan.phase_at(step - 1).num_sequences,
+            step_s=step_s,
+            measured=self._measured,
+            steps_left=self.job.last_step - step,
+            restart_s=max(self._restart_s, self._start_s(started)),
+            since_resize_s=time.monotonic() - max(self._resized_at, started),
+        )
+        cluster = self.config.cluster
+        pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
+        if pays:
+            add_event(
+                self.run,
+                "grow",
+                step=step,
+                workers=room,
+                before=world_size,
+                saves_s=round(growth.saved_s, 1),
+                costs_s=round(growth.restart_s, 1),
+            )
+            self.say(
+                f"{room} workers fit now, {world_size} train: growing saves about "
+                f"{growth.saved_s:.0f} s and costs {growth.restart_s:.0f} s"
+            )
+        return pays
+
+    def _records_now(self, world_size: int) -> list[dict[str, Any]]:
+        """The newest lines of metrics.jsonl that this group wrote."""
+        records = self.run.tail_records(METRICS, _TAIL_BYTES)
+        attempt = read_state(self.run).get("attempt")
+        return [r for r in records if r["attempt"] == attempt and r["world_size"] == world_size]
+
+    def _start_s(self, started: float) -> float:
+        """Seconds from the group's start to its first step, as far as one can tell from its log."""
+        records = self._records_now(read_state(self.run).get("world_size", 0))
+        if not records:
+            return _UNMEASURED_RESTART_S
+        began = time.time() - (time.monotonic() - started)
+        return max(records[0]["time"] - records[0]["step_time_s"] - began, 0.0)

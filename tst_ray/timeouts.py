@@ -1,0 +1,63 @@
+"""Every time-out of a run, from the shortest to the longest, in one place.
+
+Each waits for what the one above it watches, so that the innermost one speaks first, with the most
+to say, and the outer ones only catch what it cannot:
+
+    what is waited for                      how long             what happens then
+    --------------------------------------  -------------------  ---------------------------------
+    a request to stop, seen by rank 0       STOP_POLL_S          all ranks stop after the same step
+    a worker's death, seen by Ray Train     GROUP_POLL_S         the attempt ends, the next starts
+    one beat of a worker (a step, a piece   `Bounds`: 10 x the   its watchdog writes every thread's
+      of an evaluation, a save)               longest seen, and    stack, then ends the process: the
+                                              fault.hang_s at      attempt ends, the next starts
+                                              least
+    the first beats, of which none is       fault.start_s        the same
+      known: imports, compile, load
+    a worker told to end by its watchdog    ABORT_GRACE_S        it is killed (SIGKILL)
+    the processes of a group, to start      GROUP_START_S        the nodes are counted again
+    a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it
+    a worker to answer Ray Train            WORKER_ANSWER_S      the attempt ends
+    a lease on remote storage               runstore._LEASE_S    another driver may take the run
+
+Nothing here limits how long a run waits for nodes: an autoscaler may take hours, and a run that
+waits says so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+STOP_POLL_S = 0.5
+GROUP_POLL_S = 0.25  # Ray Train's default is 2; each poll is one small call a worker
+ABORT_GRACE_S = 5.0
+GROUP_START_S = 60.0
+COLLECTIVE_S = 1800.0
+WORKER_ANSWER_S = 2400.0
+
+_FACTOR = 10.0
+_KNOWN = 3  # beats of a kind after which its bound is the run's own
+_REMEMBERED = 200
+
+
+class Bounds:
+    """How long each kind of beat may take, from how long the run's own have taken.
+
+    Args:
+        least_s: no bound is below this; for the pauses of a busy machine.
+        unknown_s: the bound of a kind of beat until three were seen.
+    """
+
+    def __init__(self, least_s: float, unknown_s: float) -> None:
+        self.least_s, self.unknown_s = least_s, max(unknown_s, least_s)
+        self._seen: dict[str, deque[float]] = {}
+
+    def saw(self, kind: str, seconds: float) -> None:
+        """Note how long a beat took."""
+        self._seen.setdefault(kind, deque(maxlen=_REMEMBERED)).append(seconds)
+
+    def bound_s(self, kind: str) -> float:
+        """Seconds after which a beat of this kind is taken for a hang."""
+        seen = self._seen.get(kind, ())
+        if len(seen) < _KNOWN:
+            return self.unknown_s
+        return max(self.least_s, _FACTOR * max(seen))

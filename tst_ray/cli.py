@@ -1,4 +1,4 @@
-"""The command line: `tst-ray run | prepare | plan | status | export | settings`.
+"""The command line: `tst-ray run | prepare | plan | status | checkpoints | export | settings`.
 
 Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit
 status: 0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything
@@ -59,6 +59,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     status.add_argument("run", metavar="RUN", help="the run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status, takes_overrides=False)
+
+    checkpoints = commands.add_parser(
+        "checkpoints", help="list a run's checkpoints, and verify them", allow_abbrev=False
+    )
+    checkpoints.add_argument("run", metavar="RUN", help="the run directory")
+    checkpoints.add_argument("--verify", action="store_true", help="read every file of each")
+    checkpoints.add_argument("--json", action="store_true", help="print JSON")
+    checkpoints.set_defaults(command=_checkpoints, takes_overrides=False)
 
     export = commands.add_parser("export", help="write a run's model folder", allow_abbrev=False)
     export.add_argument("run", metavar="RUN", help="the run directory")
@@ -153,6 +161,23 @@ def _status(args: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(facts, indent=2))
     else:
         print_status(facts)
+
+
+def _checkpoints(args: argparse.Namespace, overrides: list[str]) -> None:
+    from tst_ray.errors import RunError
+    from tst_ray.report import checkpoint_facts, print_checkpoints
+    from tst_ray.storage import Storage
+
+    run = Storage(args.run)
+    if not run.exists("config.yaml"):
+        raise RunError(f"{run.url}: not a run directory (no config.yaml in it)")
+    facts = checkpoint_facts(run, verify_all=args.verify)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_checkpoints(facts)
+    if facts and not any(entry["state"] == "committed" for entry in facts):
+        raise RunError(f"{run.url}: none of its {len(facts)} checkpoints is good")
 
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> None:

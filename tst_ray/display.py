@@ -41,7 +41,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
-        self.console.print(text)
+        self.console.print(text, markup=False)
 
     @contextlib.contextmanager
     def quiet(self, log_path: str) -> Iterator[None]:
@@ -105,14 +105,18 @@ class _Latest:
 
 def _fields(record: dict[str, Any]) -> str:
     """loss 2.913  val 2.871  lr 2.0e-03  312k tok/s  2 workers"""
-    val_loss = record["val_loss"]
-    val = f"{val_loss:.3f}" if val_loss is not None else "–"
+    val = show_loss(record["val_loss"])
     workers = record["world_size"]
     return (
-        f"loss {record['loss']:.3f}  val {val}  lr {record['lr']:.1e}  "
+        f"loss {show_loss(record['loss'])}  val {val}  lr {record['lr']:.1e}  "
         f"{short_number(record['tokens_per_s'])} tok/s  "
         f"{workers} worker{'s' if workers != 1 else ''}"
     )
+
+
+def show_loss(loss: float | None) -> str:
+    """A loss to three digits; a dash where there is none, or none that is finite."""
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _show_bars(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:

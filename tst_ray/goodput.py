@@ -78,16 +78,3 @@ class Account:
             return cls(now)
         known = {name: float(facts["parts"].get(name, 0.0)) for name in PARTS}
         return cls(float(facts["at"]), known)
-
-
-def summary(account: Account) -> str:
-    """One line: "87.3 % of 2:10:05 went into steps that count; restart 4.1 %, …"."""
-    wall = account.wall_s or 1.0
-    others = sorted(
-        ((seconds / wall, name) for name, seconds in account.parts.items() if name != "stepping"),
-        reverse=True,
-    )
-    told = [f"{name.replace('_', ' ')} {share:.1%}" for share, name in others if share >= 0.001]
-    return f"{account.goodput:.1%} of the time went into steps that count" + (
-        f"; {', '.join(told)}" if told else ""
-    )

@@ -98,14 +98,31 @@ class Group:
         if not isinstance(error, TrainingFailedError):
             return GroupFailed(one_line(error), started=False)
         failures = {
-            rank: getattr(failure, "_base_exc", failure)
+            rank: _bare(failure)
             for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
         }
         for failure in failures.values():
             if isinstance(failure, (UserError, DataError)):
                 return RunError(str(failure))
-        told = [f"rank {rank}: {one_line(failure)}" for rank, failure in failures.items()]
-        return GroupFailed("; ".join(told) or one_line(error), started=True)
+        return GroupFailed(_told(failures) or one_line(error), started=True)
+
+
+def _bare(failure: BaseException) -> BaseException:
+    """A worker's failure without Ray Train's wrapping."""
+    for wrapped in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, wrapped, failure)
+    return failure
+
+
+def _told(failures: dict[int, BaseException]) -> str:
+    """What happened to which ranks: to those whose process died, if any did; others follow suit."""
+    from ray.exceptions import RayActorError
+
+    died = {rank: error for rank, error in failures.items() if isinstance(error, RayActorError)}
+    ranks = ", ".join(map(str, died or failures))
+    if died:
+        return f"the process of rank {ranks} died"
+    return f"rank {ranks}: {one_line(next(iter(failures.values())))}" if failures else ""
 
 
 def _fit(run: Storage, job: Any, world_size: int) -> Any:
@@ -257,4 +274,4 @@ def _phase_data(run_url: str) -> Any:
 def one_line(error: BaseException) -> str:
     """An exception's last line; for Ray's, that of what the worker raised."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1][:500]
+    return text.splitlines()[-1][:300]

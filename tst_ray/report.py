@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, verify
 from tst_ray.config import Config
-from tst_ray.coordinator import Outcome, newest_step
+from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared
-from tst_ray.display import describe_phase, duration, short_number
+from tst_ray.display import describe_phase, duration, short_number, show_loss
 from tst_ray.errors import RunError
+from tst_ray.goodput import Account
 from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
 from tst_ray.plan import (
     ModelShape,
@@ -30,6 +32,7 @@ from tst_ray.plan import (
 from tst_ray.storage import Storage
 
 _TABLE_WIDTH = 110
+_QUICK_BYTES = 256 << 20  # a checkpoint so small is read in about a second
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
 
 
@@ -221,30 +224,41 @@ def status_facts(run: Storage) -> dict[str, Any]:
     Raises:
         RunError: it is not a run directory.
     """
-    state = run.read_json("run.json")
-    if state is None:
-        raise RunError(f"{run.url}: not a run directory, or one that has not started (no run.json)")
+    state = _state_of(run)
     records = run.tail_records(METRICS, 1 << 16)
     step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
     running = state["status"] == "running"
+    newest = next((c for c in checkpoint_facts(run) if c["state"] == "committed"), None)
+    account = Account.from_dict(state.pop("time", None), time.time())
     return {
         "run": run.url,
         **state,
         "last_update_s_ago": round(time.time() - state["updated"], 1),
         "eta_s": round(left * step_time_s, 1) if running and left and step_time_s else None,
-        "newest_checkpoint": newest_step(run) or None,
+        "newest_checkpoint": newest["step"] if newest else None,
+        "newest_checkpoint_checked": newest["checked"] if newest else None,
+        "goodput": round(account.goodput, 4),
+        "wall_s": round(account.wall_s, 3),
+        "time_s": {part: round(seconds, 3) for part, seconds in account.parts.items()},
         "last_record": records[-1] if records else None,
         "last_events": run.read_lines(EVENTS)[-5:],
     }
 
 
+def _state_of(run: Storage) -> dict[str, Any]:
+    state = run.read_json("run.json")
+    if state is None:
+        raise RunError(f"{run.url}: not a run directory, or one that has not started (no run.json)")
+    return dict(state)
+
+
 def print_status(facts: dict[str, Any]) -> None:
     """The status as text."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     say = console.print
     say(f"{facts['run']}: {facts['status']}")
-    if "step" in facts:
+    if "step" in facts and "total_steps" in facts:
         say(
             f"phase {facts['phase'] + 1}, step {facts['step']:,} of {facts['total_steps']:,}, "
             f"{facts['world_size']} worker(s), attempt {facts['attempt']}"
@@ -252,11 +266,95 @@ def print_status(facts: dict[str, Any]) -> None:
     if facts["eta_s"] is not None:
         say(f"about {duration(facts['eta_s'])} left")
     if facts["newest_checkpoint"]:
-        say(f"newest checkpoint: step {facts['newest_checkpoint']:,}")
+        say(
+            f"newest checkpoint: step {facts['newest_checkpoint']:,} "
+            f"(verified by {facts['newest_checkpoint_checked']})"
+        )
+    for line in account_lines(facts["time_s"]):
+        say(line)
     for event in facts["last_events"]:
-        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event"))
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-        say(f"  {when}  {event['event']}  {details}")
+        say(f"  {_event_line(event)}")
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    shown = {
+        k: v for k, v in event.items() if k not in ("time", "event", "times", "nodes", "spans")
+    }
+    details = ", ".join(f"{k} {v}" for k, v in shown.items())
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    return f"{when}  {event['event']}  {details}"
+
+
+def account_lines(time_s: dict[str, float]) -> list[str]:
+    """Where the wall time went: a line for the whole, and one for each part that took any."""
+    wall = sum(time_s.values())
+    if wall <= 0:
+        return []
+    lines = [f"time: {duration(wall)} in all, {time_s['stepping'] / wall:.1%} in steps that count"]
+    parts = sorted(time_s.items(), key=lambda part: -part[1])
+    lines += [
+        f"  {name.replace('_', ' '):<18} {seconds:10,.1f} s  {seconds / wall:6.1%}"
+        for name, seconds in parts
+        if seconds >= 0.05
+    ]
+    return lines
+
+
+def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, Any]]:
+    """Every checkpoint in a run directory, newest first.
+
+    Args:
+        verify_all: whether to read all files of all of them; else only the sizes are looked at, and
+            the files of the newest where that is quick.
+
+    Returns:
+        step, state (committed, damaged, uncommitted), checked (checksums or sizes), bytes,
+        world_size, problem.
+    """
+    root = run / "checkpoints"
+    found: list[dict[str, Any]] = []
+    for name in reversed(root.names()):
+        folder = root / name
+        step = int(name.removeprefix("step-"))
+        facts: dict[str, Any] = {"step": step, "state": "uncommitted", "checked": None}
+        if folder.exists(MARKER):
+            info = CheckpointInfo(step, folder, {})
+            quick = not found and _size_of(info) <= _QUICK_BYTES
+            contents = verify_all or quick
+            problem = verify(info, contents=contents)
+            facts["checked"] = "checksums" if contents else "sizes"
+            facts["state"] = "damaged" if problem else "committed"
+            facts["problem"] = problem
+            if not problem:
+                meta = read_meta(info).meta
+                facts["bytes"] = sum(entry["bytes"] for entry in meta["files"])
+                facts["world_size"] = meta["world_size"]
+        found.append(facts)
+    return found
+
+
+def _size_of(info: CheckpointInfo) -> int:
+    try:
+        return sum(entry["bytes"] for entry in read_meta(info).meta["files"])
+    except ValueError:
+        return 0
+
+
+def print_checkpoints(facts: list[dict[str, Any]]) -> None:
+    """The checkpoints as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", "state", "verified by", "bytes", "workers", "problem"):
+        table.add_column(column, justify="right" if column in ("step", "bytes") else "left")
+    for entry in facts:
+        table.add_row(
+            f"{entry['step']:,}",
+            entry["state"],
+            entry["checked"] or "",
+            f"{entry['bytes']:,}" if "bytes" in entry else "",
+            str(entry.get("world_size", "")),
+            entry.get("problem") or "",
+        )
+    wide_console().print(table)
 
 
 def print_summary(outcome: Outcome, console: Console) -> None:
@@ -271,7 +369,7 @@ def print_summary(outcome: Outcome, console: Console) -> None:
         say(
             f"{describe_phase(phase, len(outcome.plan.phases))}: {phase.steps:,} steps, "
             f"{data_tokens:,} data tokens, {size} worker{'s' if size != 1 else ''}, "
-            f"loss {record['loss']:.3f}"
+            f"loss {show_loss(record['loss'])}"
         )
     if outcome.val_loss is not None:
         say(f"final validation loss: {outcome.val_loss:.4f} nats a token")
@@ -280,6 +378,8 @@ def print_summary(outcome: Outcome, console: Console) -> None:
         for sample in outcome.samples:
             for line in [line for line in sample.splitlines() if line.strip()][:2]:
                 say(f"    {line}", markup=False)
+    for line in account_lines(outcome.account.parts):
+        say(line, markup=False)
     run = outcome.run
     say(f"run directory:  {run.url}")
     say(f"curves:         tensorboard --logdir {run.url}/{TENSORBOARD}")

@@ -77,6 +77,7 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
     if is_local:
         most = max(phase.max_workers for phase in plan.phases)
         options.update(
+            address="local",  # a cluster that runs here by chance is somebody else's
             num_cpus=max(os.cpu_count() or 1, int(-(-cpus_needed(config, most) // 1))),
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,

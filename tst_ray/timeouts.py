@@ -7,9 +7,9 @@ to say, and the outer ones only catch what it cannot:
     --------------------------------------  -------------------  ---------------------------------
     a request to stop, seen by rank 0       STOP_POLL_S          all ranks stop after the same step
     a worker's death, seen by Ray Train     GROUP_POLL_S         the attempt ends, the next starts
-    one beat of a worker (a step, a piece   `Bounds`: 10 x the   its watchdog writes every thread's
-      of an evaluation, a save)               longest seen, and    stack, then ends the process: the
-                                              fault.hang_s at      attempt ends, the next starts
+    one beat of a worker (a batch to come,  `Bounds`: 10 x the   its watchdog writes every thread's
+      a step, a piece of an evaluation, a     longest seen, and    stack, then ends the process: the
+      save)                                   fault.hang_s at      attempt ends, the next starts
                                               least
     the first beats, of which none is       fault.start_s        the same
       known: imports, compile, load

@@ -11,7 +11,7 @@ when the worker ends, however it does, the pipe closes and the watchdog ends too
 
 The stacks are written by `faulthandler`, in C, by the worker itself on SIGABRT: so a process that
 cannot run a line of Python still says where it stands. A stopped one is let go on (SIGCONT) with
-that signal waiting for it, and runs nothing else.
+that signal waiting for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -51,6 +52,7 @@ class Watchdog:
         self._scratch = Path(tempfile.mkdtemp(prefix="stacks-"))
         self._stacks = (self._scratch / name).open("wb")
         faulthandler.enable(self._stacks, all_threads=True)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGABRT must not write all memory out
         facts = {
             "run": run_url,
             "pid": os.getpid(),

@@ -119,6 +119,7 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
             if trainer.stop_reason:
                 return trainer.stop(step)
             trainer.save_if_due(step)
+            trainer.expect("data", step)
             if step == phase.last_step:
                 break
         if step < min(phase.last_step, job.last_step):
@@ -272,7 +273,6 @@ class Trainer:
             total += self.model.next_token_loss(tokens.to(self.device), num_real=num_real)
         loss = self.all_sum([total])[0] / self.validation.num_targets
         self.journal.timing(eval_s=time.perf_counter() - started)
-        self.expect("step", step)
         return loss
 
     def all_sum(self, values: list[torch.Tensor], lanes: Sequence[int] = ()) -> list[float]:
@@ -382,7 +382,6 @@ class Trainer:
         }
         saver.save(step, self.state(), meta)
         self.journal.timing(stall_s=time.perf_counter() - started)
-        self.expect("step", step)
 
     def roll_back(self, rollback: Rollback, step: int) -> Ended:
         """Forget the checkpoints since before the offending steps, and pass over their data.
@@ -442,6 +441,7 @@ class Trainer:
             world_size=self.place.world_size,
         )
         self.journal.step_began()
+        self.expect("data", step)
 
     def stop(self, step: int) -> Ended:
         """End between two steps because rank 0 wants it, with a checkpoint where storage works."""

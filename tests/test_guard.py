@@ -1,0 +1,120 @@
+"""The guard: what is marked, when it is too much, and that a restart changes no decision."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from tst_ray.guard import NOT_FINITE, PASSED_OVER, SPIKE, Guard, Rollback, is_finite
+
+
+@dataclass(frozen=True)
+class Settings:
+    max_skipped: int = 3
+    spike_z: float | None = 10.0
+    spike_window: int = 16
+    spike_steps: int = 4
+
+
+def calm(seed: int, count: int) -> list[float]:
+    draw = random.Random(seed)
+    return [3.0 + 0.05 * draw.random() for _ in range(count)]
+
+
+def run(guard: Guard, losses: list[float], first: int = 0) -> tuple[list[str | None], list[int]]:
+    """The marks, and the steps after which the guard wanted to go back."""
+    marks, wanted = [], []
+    for step, loss in enumerate(losses, start=first):
+        marks.append(guard.observe(step, loss, 1.0))
+        if guard.rollback(step):
+            wanted.append(step)
+    return marks, wanted
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "finite"),
+    [(1.0, 1.0, True), (math.nan, 1.0, False), (1.0, math.inf, False), (-math.inf, 1.0, False)],
+)
+def test_both_numbers_must_be_finite(loss: float, norm: float, finite: bool) -> None:
+    assert is_finite(loss, norm) == finite
+    assert (Guard(Settings()).observe(0, loss, norm) == NOT_FINITE) == (not finite)
+
+
+def test_few_steps_that_are_not_finite_are_waited_out() -> None:
+    guard = Guard(Settings())
+    marks, wanted = run(guard, [3.0, math.nan, math.inf, 3.0, math.nan, 3.0])
+    assert marks == [None, NOT_FINITE, NOT_FINITE, None, NOT_FINITE, None]
+    assert wanted == []
+    assert not guard.suspicious
+
+
+def test_too_many_in_a_row_name_all_of_them() -> None:
+    guard = Guard(Settings())
+    run(guard, [3.0, 3.0, math.nan, math.nan, math.nan])
+    assert guard.rollback(4) == Rollback(2, 4, "loss nan and gradient norm 1.0, 3 steps in a row")
+    assert guard.suspicious
+
+
+def test_a_lasting_spike_is_gone_back_for_and_a_short_one_is_not() -> None:
+    short = [*calm(0, 30), 5.0, 5.0, 5.0, *calm(1, 10)]
+    guard = Guard(Settings())
+    marks, wanted = run(guard, short)
+    assert [step for step, mark in enumerate(marks) if mark == SPIKE] == [30, 31, 32]
+    assert wanted == []
+    guard = Guard(Settings())
+    assert run(guard, [*calm(0, 30), 5.0, 5.0, 5.0, 5.0])[1] == [33]
+    rollback = guard.rollback(33)
+    assert rollback is not None
+    assert (rollback.first_step, rollback.last_step) == (30, 33)
+
+
+def test_a_loss_that_falls_or_wobbles_is_no_spike() -> None:
+    falling = [10.0 * 0.97**step for step in range(100)]
+    assert run(Guard(Settings()), falling)[0] == [None] * 100
+    still = [3.0] * 40 + [3.05] * 20  # a spread of 0 must not make every wobble a spike
+    assert run(Guard(Settings()), still)[0] == [None] * 60
+
+
+def test_around_the_switch_there_are_no_spikes() -> None:
+    """1–2 nats are normal there: the window starts anew with the phase."""
+    guard = Guard(Settings())
+    run(guard, calm(0, 30))
+    guard.start_phase()
+    assert run(guard, [5.0 - 0.05 * n for n in range(30)], first=30)[0] == [None] * 30
+    unaware = Guard(Settings())
+    run(unaware, calm(0, 30))
+    assert run(unaware, [5.0] * 4, first=30)[1] == [33]
+
+
+def test_the_spike_guard_can_be_switched_off() -> None:
+    assert run(Guard(Settings(spike_z=None)), [*calm(0, 30), *[9.0] * 20])[1] == []
+
+
+@pytest.mark.parametrize("killed_at", range(0, 60, 3))
+def test_a_guard_rebuilt_from_the_log_decides_as_the_one_that_lived(killed_at: int) -> None:
+    losses = [*calm(2, 25), 6.0, 6.0, *calm(3, 10), math.nan, math.nan, *calm(4, 20), *[6.0] * 4]
+    whole = Guard(Settings())
+    marks, wanted = run(whole, losses)
+    assert wanted == [len(losses) - 1]
+
+    first = Guard(Settings())
+    run(first, losses[:killed_at])
+    second = Guard(Settings())
+    log = [
+        (None if math.isnan(loss) else loss, mark)
+        for loss, mark in zip(losses[:killed_at], marks[:killed_at], strict=True)
+    ]
+    second.resume(log)
+    assert second.suspicious == first.suspicious
+    rest = run(second, losses[killed_at:], first=killed_at)
+    assert rest == (marks[killed_at:], wanted)
+
+
+def test_steps_passed_over_tell_nothing() -> None:
+    guard = Guard(Settings())
+    guard.resume([(3.0, None), (None, PASSED_OVER), (None, PASSED_OVER), (None, PASSED_OVER)])
+    assert not guard.suspicious
+    assert guard.rollback(3) is None

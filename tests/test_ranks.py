@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipelines.manifest import Manifest
+from tests.faults import Faults
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.checkpoint import Checkpointer
 from tst_ray.storage import Storage
@@ -63,9 +64,26 @@ def fail_to_save(folder: Path, rank: int) -> None:
     wait_for_all(folder, "fail-to-save", rank)
 
 
+def strike_one_rank(folder: Path, rank: int) -> None:
+    """Rank 1 alone has numbers that are not finite; both must skip, and both go back."""
+    manifest = Manifest.load(str(folder / "corpus"))
+    config = make_config(
+        folder, manifest, run__name="struck", checkpoint__every=1, fault__max_skipped=2
+    )
+    if rank < 2:
+        with Faults().not_finite_at(3, 5, 6, rank=1).injected():
+            for attempt in range(2):
+                rendezvous = f"file://{folder}/rendezvous-struck-{attempt}"
+                dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
+                run_inline(make_job(config, manifest), Place(rank, 2))
+                dist.destroy_process_group()
+    wait_for_all(folder, "strike-one-rank", rank)
+
+
 def process(rank: int, folder_name: str) -> None:
     folder = Path(folder_name)
     try:
+        strike_one_rank(folder, rank)
         for name, sizes in STORIES.items():
             run_story(folder, name, rank, sizes)
         fail_to_save(folder, rank)
@@ -104,3 +122,14 @@ def test_a_run_carried_over_world_sizes_gives_the_same_losses(folder: Path, name
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_none_waits(folder: Path) -> None:
     assert [json.loads((folder / f"failed-{rank}.json").read_text()) for rank in range(2)] == [2, 2]
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(folder: Path) -> None:
+    struck, one = records(folder, "struck"), records(folder, "2-2-2")
+    assert [r.get("mark") for r in struck] == [
+        None, None, "not_finite", None, "passed_over", "passed_over", None, None,
+    ]  # fmt: skip
+    assert [r["attempt"] for r in struck] == [1] * 4 + [2] * 4
+    assert [r["data_digest"] for r in struck] == [r["data_digest"] for r in one]
+    assert [r["loss"] for r in struck[:2]] == [r["loss"] for r in one[:2]]
+    assert all(r["loss"] < 5 for r in struck if "mark" not in r)

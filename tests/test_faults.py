@@ -1,0 +1,294 @@
+"""Faults in the loop itself, in one process: numbers, storage, requests to stop.
+
+What happens to processes and nodes is in test_recovery.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.manifest import Manifest
+from tests.faults import Faults
+from tests.test_worker import final_weights, same
+from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray.checkpoint import committed
+from tst_ray.errors import RunError
+from tst_ray.journal import read_passed_over, read_state, request_stop
+from tst_ray.storage import Storage
+from tst_ray.worker import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place, train
+
+STEPS = 40
+CALM = {"train__steps": STEPS, "tst__ratio": 0.25, "metrics__val_every": 100,
+        "checkpoint__every": 2, "checkpoint__keep": 30}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, manifest: Manifest
+) -> tuple[Storage, list[Any]]:
+    """The undisturbed run."""
+    job = make_job(make_config(tmp_path_factory.mktemp("whole"), manifest, **CALM), manifest)
+    return Storage(job.run_url), run_inline(job)
+
+
+def tiny_job(folder: Path, manifest: Manifest, **changes: Any) -> Job:
+    return make_job(make_config(folder, manifest, **CALM | changes), manifest)
+
+
+def train_on(job: Job) -> Ended:
+    from pipelines.ingest import read_inline
+
+    return train(job, Place(), lambda phase, step: read_inline(job.feeds[phase.index], step))
+
+
+def records_of(job: Job) -> list[dict[str, Any]]:
+    return Storage(job.run_url).read_lines("metrics.jsonl")
+
+
+def events_of(job: Job, kind: str) -> list[dict[str, Any]]:
+    return [e for e in Storage(job.run_url).read_lines("events.jsonl") if e["event"] == kind]
+
+
+def column(records: list[dict[str, Any]], name: str) -> list[Any]:
+    return [record[name] for record in records]
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, manifest: Manifest) -> None:
+    """The update is skipped, the optimizer's state too; the steps after go on as if it were not."""
+    job = tiny_job(tmp_path, manifest, train__steps=4, checkpoint__every=1)
+    with Faults().not_finite_at(3).injected():
+        assert train_on(job) == Ended(4, "done")
+    records = records_of(job)
+    assert column(records, "loss")[2] is None
+    assert records[2]["mark"] == "not_finite"
+    assert "mark" not in records[3]
+    assert "NaN" not in Storage(job.run_url).read("metrics.jsonl").decode()
+    # No checkpoint is taken of a state that the guard mistrusts.
+    assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [4, 2, 1]
+    weights = final_weights(Storage(job.run_url))
+    assert all(torch.isfinite(w).all() for w in weights.values() if w.is_floating_point())
+
+
+def test_a_skipped_update_leaves_the_state_bit_for_bit(tmp_path: Path, manifest: Manifest) -> None:
+    """The last step of a stage is saved in any case: its state must be that of the step before."""
+    struck = tiny_job(tmp_path / "a", manifest, train__steps=8, checkpoint__every=1)
+    with Faults().not_finite_at(8).injected():
+        train_on(struck)
+    folders = {info.step: info for info in committed(Storage(struck.run_url) / "checkpoints")}
+    from tst_ray.checkpoint import load_full
+
+    states = []
+    for step in (7, 8):
+        state = {
+            name: torch.empty_like(t) for name, t in final_weights(Storage(struck.run_url)).items()
+        }
+        load_full(folders[step], state)
+        states.append(state)
+    assert same(*states)
+
+
+def test_too_many_in_a_row_go_back_and_pass_over_the_data(
+    tmp_path: Path, manifest: Manifest, whole: tuple[Storage, list[Any]]
+) -> None:
+    job = tiny_job(tmp_path, manifest, fault__max_skipped=3)
+    with Faults().not_finite_at(15, 16, 17).injected() as faults:
+        assert train_on(job) == Ended(17, ROLLBACK)
+        assert committed(Storage(job.run_url) / "checkpoints")[0].step == 14
+        assert train_on(job) == Ended(STEPS, "done")
+    assert len(faults.happened) == 3  # their data was not trained on again
+    records = records_of(job)
+    assert column(records, "step") == list(range(1, STEPS + 1))
+    assert column(records, "data_digest") == column(whole[1], "data_digest")
+    passed = [r["step"] for r in records if r.get("mark") == "passed_over"]
+    assert passed == [15, 16, 17]
+    assert all(r["loss"] is None for r in records if r["step"] in passed)
+    (event,) = events_of(job, "rollback")
+    assert (event["first_step"], event["last_step"], event["back_to"]) == (14, 16, 14)
+    assert {row[0] for row in event["spans"]} == {15, 16, 17}
+    assert len(event["spans"]) == 3 * 5
+    feed = job.feeds[0]
+    spans = feed.order.spans(15)
+    assert [16, "first", int(spans.epoch[0]), int(spans.offset[0]), spans.length] in [
+        [row[0], "first", *row[2:]] for row in event["spans"]
+    ]
+
+
+def test_a_run_with_steps_passed_over_is_resumed_bit_for_bit(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """Stopped after the roll-back, anywhere, the rest is the same."""
+    results = []
+    for stop in (None, 20):
+        job = tiny_job(tmp_path / str(stop), manifest, fault__max_skipped=3)
+        with Faults().not_finite_at(15, 16, 17).fail_at(*([stop] if stop else [])).injected():
+            train_on(job)
+            if stop:
+                with pytest.raises(RuntimeError, match="injected at step 20"):
+                    train_on(job)
+            train_on(job)
+        results.append((records_of(job), final_weights(Storage(job.run_url))))
+    (records, weights), (resumed, resumed_weights) = results
+    assert column(records, "loss") == column(resumed, "loss")
+    assert same(weights, resumed_weights)
+
+
+def test_a_lasting_spike_goes_back_and_a_run_gives_up_in_the_end(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    changes = {"fault__spike_window": 8, "fault__spike_steps": 3, "fault__max_rollbacks": 1}
+    job = tiny_job(tmp_path, manifest, **changes)
+    with Faults().spike_at(25, 26, 27, 33, 34, 35, nats=9.0).injected():
+        assert train_on(job) == Ended(27, ROLLBACK)
+        (event,) = events_of(job, "rollback")
+        assert "after a median of" in event["why"]
+        assert (event["first_step"], event["last_step"]) == (24, 26)
+        with pytest.raises(RunError, match=r"after 1 roll-backs \(fault.max_rollbacks\)"):
+            train_on(job)
+    assert read_passed_over(Storage(job.run_url))[0]["first_step"] == 24
+
+
+def test_without_a_checkpoint_before_it_the_way_back_to_step_0_is_told(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    job = tiny_job(tmp_path, manifest, fault__max_skipped=2, checkpoint__every=100)
+    with Faults().not_finite_at(3, 4).injected():
+        train_on(job)
+        train_on(job)
+    assert events_of(job, "rollback")[0]["back_to"] == 0
+    assert column(records_of(job), "step") == list(range(1, STEPS + 1))
+
+
+def test_a_request_to_stop_ends_the_group_with_a_checkpoint_and_no_step_lost(
+    tmp_path: Path, manifest: Manifest, whole: tuple[Storage, list[Any]]
+) -> None:
+    job = tiny_job(tmp_path, manifest, checkpoint__every=1000)
+    run = Storage(job.run_url)
+    request_stop(run, INTERRUPT)
+    ended = train_on_slowly(job)
+    assert ended.reason == INTERRUPT
+    assert ended.step < STEPS
+    assert [info.step for info in committed(run / "checkpoints")] == [ended.step]
+    assert events_of(job, "stop")[0]["step"] == ended.step
+    run.remove("control.json")
+    train_on(job)
+    assert events_of(job, "attempt")[1]["repeated_steps"] == 0
+    assert column(records_of(job), "loss") == column(whole[1], "loss")
+    assert same(final_weights(run), final_weights(whole[0]))
+
+
+def train_on_slowly(job: Job) -> Ended:
+    """As slowly as it takes to see a request: batches come when the journal has looked."""
+    import time
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for batch in read_inline(job.feeds[phase.index], step):
+            time.sleep(0.1)
+            yield batch
+
+    return train(job, Place(), batches)
+
+
+class FullDisk:
+    """Storage's writes fail while `full`, those of the named files only."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *names: str) -> None:
+        self.full, self.refused = False, 0
+        for method in ("write", "append"):
+            patch.setattr(Storage, method, self._refusing(getattr(Storage, method), names))
+
+    def _refusing(self, original: Any, names: tuple[str, ...]) -> Any:
+        def method(storage: Storage, name: str, content: Any) -> None:
+            if self.full and any(part in f"{storage.url}/{name}" for part in names):
+                self.refused += 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            original(storage, name, content)
+
+        return method
+
+
+def test_saves_that_fail_are_told_and_the_next_one_works(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch, "/checkpoints/")
+    job = tiny_job(tmp_path, manifest, train__steps=12, checkpoint__async="false")
+    state = {"step": 0}
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            state["step"], disk.full = number, 3 <= number < 7
+            yield batch
+
+    assert train(job, Place(), batches) == Ended(12, "done")
+    assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4, 6]
+    assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [12, 10, 8, 2]
+
+
+def test_too_many_failed_saves_stop_the_run_with_its_last_checkpoint_intact(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch, "/checkpoints/")
+    job = tiny_job(tmp_path, manifest, fault__max_failed_saves=3, checkpoint__async="false")
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            disk.full = number >= 5
+            yield batch
+
+    ended = train(job, Place(), batches)
+    assert ended.reason == FAILED_SAVES
+    assert len(events_of(job, "checkpoint_failed")) == 3
+    newest = committed(Storage(job.run_url) / "checkpoints")[0]
+    assert newest.step == 4
+    disk.full = False
+    assert train_on(job) == Ended(STEPS, "done")
+
+
+def test_metrics_wait_for_a_full_disk_and_miss_no_step(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch, "metrics.jsonl", "run.json", "events.jsonl")
+    job = tiny_job(tmp_path, manifest, train__steps=12)
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            disk.full = 3 <= number < 7
+            yield batch
+
+    assert train(job, Place(), batches) == Ended(12, "done")
+    assert disk.refused > 0
+    assert column(records_of(job), "step") == list(range(1, 13))
+
+
+def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Manifest) -> None:
+    job = tiny_job(tmp_path, manifest)
+    with Faults().fail_at(25).injected():
+        with pytest.raises(RuntimeError, match="injected"):
+            train_on(job)
+        first = read_state(Storage(job.run_url))["time"]
+        train_on(job)
+    state = read_state(Storage(job.run_url))
+    assert events_of(job, "attempt")[1]["repeated_steps"] == 0  # 24 was saved, 25 never logged
+    assert state["time"]["at"] > first["at"]
+    wall_s = state["time"]["at"] - events_of(job, "attempt")[0]["time"]
+    assert sum(state["time"]["parts"].values()) == pytest.approx(wall_s, abs=2.0)
+    assert state["time"]["parts"]["restart"] > 0
+    assert json.dumps(state)

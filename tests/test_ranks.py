@@ -68,7 +68,12 @@ def strike_one_rank(folder: Path, rank: int) -> None:
     """Rank 1 alone has numbers that are not finite; both must skip, and both go back."""
     manifest = Manifest.load(str(folder / "corpus"))
     config = make_config(
-        folder, manifest, run__name="struck", checkpoint__every=1, fault__max_skipped=2
+        folder,
+        manifest,
+        run__name="struck",
+        checkpoint__every=1,
+        fault__max_skipped=2,
+        train__micro_batch_size=2,
     )
     if rank < 2:
         with Faults().not_finite_at(3, 5, 6, rank=1).injected():

@@ -227,6 +227,7 @@ class Checkpointer:
         self._ranks = Ranks()  # the checkpoint thread's own
         self._on_event = on_event if self._ranks.rank == 0 else (lambda kind, **details: None)
         self._is_current = is_current
+        self._stager = _stager()
         self._thread: threading.Thread | None = None
         self.failed_saves = 0
 
@@ -251,14 +252,15 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
+        staged, problem = None, None
         try:
-            pending = self._start(step, state)
+            staged = self._stager.stage(state)
         except Exception as error:
-            self._failed(step, error)
-            return
-        stall_s = time.perf_counter() - started
-        args = (step, pending, meta, started, stall_s)
-        self._thread = threading.Thread(target=self._finish, args=args, name="checkpoint")
+            problem = error  # the others must hear of it, and the thread tells them
+        stall_s = round(time.perf_counter() - started, 4)
+        told = {"step": step, "stall_s": stall_s}
+        args = (step, staged, problem, meta, told)
+        self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         if not self.background:
             self.wait()
@@ -269,62 +271,25 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
-    def _start(self, step: int, state: dict[str, Any]) -> tuple[Any, Path | None]:
-        """Stage the state and begin to write; raises on every rank if any rank cannot."""
-        import torch.distributed.checkpoint as dcp
-
-        problem, scratch = None, None
-        try:
-            scratch = self._make_place(self.root / folder_name(step))
-        except Exception as error:
-            problem = _one_line(error)
-        # A rank that went on alone would wait for the others for ever.
-        problems = [other for other in self._ranks.gather(problem) if other]
-        if problems:
-            raise OSError(problems[0])
-        target = str(scratch) if scratch else (self.root / folder_name(step)).path
-        writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self._ranks.group)
-        return future, scratch
-
-    def _make_place(self, folder: Storage) -> Path | None:
-        """An empty folder for the checkpoint; a local one to upload from where it is remote."""
-        if self._ranks.rank == 0:
-            if not self._is_current():
-                raise OSError("another attempt of this run has taken over")
-            folder.remove()  # what an interrupted save left, or a damaged one that is done again
-            folder.make()
-        return (
-            None
-            if self.root.is_local
-            else Path(tempfile.mkdtemp(prefix="checkpoint-", dir=_scratch_root()))
-        )
-
-    def _finish(
+    def _save(
         self,
         step: int,
-        pending: tuple[Any, Path | None],
+        staged: Any,
+        problem: Exception | None,
         meta: dict[str, Any],
-        started: float,
-        stall_s: float,
+        told: dict[str, Any],
     ) -> None:
-        """In the checkpoint thread: wait for the files, hash them, commit, clear old ones."""
-        future, scratch = pending
+        """In the checkpoint thread: write, hash, commit, clear old ones."""
+        started, scratch = time.perf_counter(), None
         folder = self.root / folder_name(step)
         try:
-            gathered = self._ranks.gather(self._written_files(future, folder, scratch))
-            failures = [entry for entry in gathered if isinstance(entry, str)]
-            if failures:
-                raise OSError(failures[0])
+            scratch = self._agree(lambda: self._make_place(folder, problem))
+            entries = self._agree(lambda: self._write(staged, folder, scratch))
+            gathered = self._ranks.gather(entries)
             if self._ranks.rank == 0:
                 num_bytes = self._commit(step, folder, gathered, meta)
-                self._on_event(
-                    "checkpoint",
-                    step=step,
-                    bytes=num_bytes,
-                    seconds=round(time.perf_counter() - started, 3),
-                    stall_s=round(stall_s, 4),
-                )
+                seconds = round(time.perf_counter() - started, 3)
+                self._on_event("checkpoint", bytes=num_bytes, seconds=seconds, **told)
             self.failed_saves = 0
         except Exception as error:
             self._failed(step, error)
@@ -335,15 +300,42 @@ class Checkpointer:
         if self._ranks.rank == 0:
             self._prune(step)
 
-    def _written_files(
-        self, future: Any, folder: Storage, scratch: Path | None
-    ) -> list[dict[str, Any]] | str:
-        """This rank's files once they are written, or what went wrong."""
+    def _agree(self, action: Callable[[], Any]) -> Any:
+        """Do something on every rank; raises on all where any rank cannot.
+
+        A rank that went on alone would wait for the others for ever.
+        """
+        result, problem = None, None
         try:
-            future.result()
-            return self._own_files(folder, scratch)
+            result = action()
         except Exception as error:
-            return _one_line(error)
+            problem = _one_line(error)
+        problems = [other for other in self._ranks.gather(problem) if other]
+        if problems:
+            raise OSError(problems[0])
+        return result
+
+    def _make_place(self, folder: Storage, problem: Exception | None) -> Path | None:
+        """An empty folder for the checkpoint; a local one to upload from where it is remote."""
+        if problem is not None:
+            raise problem
+        if self._ranks.rank == 0:
+            if not self._is_current():
+                raise OSError("another attempt of this run has taken over")
+            folder.remove()  # what an interrupted save left, or a damaged one that is done again
+            folder.make()
+        if self.root.is_local:
+            return None
+        return Path(tempfile.mkdtemp(prefix="checkpoint-", dir=_scratch_root()))
+
+    def _write(self, staged: Any, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
+        """Write this rank's files; their names, sizes and checksums."""
+        import torch.distributed.checkpoint as dcp
+
+        target = str(scratch) if scratch else folder.path
+        writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
+        dcp.save(staged, storage_writer=writer, process_group=self._ranks.group)
+        return self._own_files(folder, scratch)
 
     def _own_files(self, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
         """This rank's files with size and checksum; uploaded where storage is not local."""
@@ -389,6 +381,13 @@ class Checkpointer:
         self.failed_saves += 1
         log.warning("checkpoint of step %d failed, training goes on: %s", step, error)
         self._on_event("checkpoint_failed", step=step, error=_one_line(error))
+
+
+def _stager() -> Any:
+    """Copies a state to host memory before it changes."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    return BlockingAsyncStager()
 
 
 def _scratch_root() -> str | None:

@@ -35,6 +35,8 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_S,
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": WORKER_ANSWER_S,
+    # The driver looks for notices of preemption itself (stage.py); this saves a process a group.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
 }
 
 
@@ -137,7 +139,21 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
         os.environ.setdefault(name, str(value))
     config: Config = job.config
     gpus = config.cluster.gpus_per_worker
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):  # type: ignore[misc,unused-ignore]
+        """A TorchTrainer whose groups are not cleaned up by a process beside them.
+
+        That one asks a dashboard whether the controller lives. A Ray without one lets it ask any
+        other cluster's on the machine, which knows of no such controller, and it then takes the
+        workers' placement group away (seen with Ray 2.60). Ray's head node removes the group of a
+        dead controller anyway.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if "PlacementGroupCleaner" not in type(c).__name__]
+
+    trainer = Trainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
@@ -149,6 +165,7 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
             # Ray Train would take a known name for a run of its own to restore.
             name=f"group-{uuid.uuid4().hex[:8]}",
             **_ray_storage(run),
+            worker_runtime_env=_environment(config),
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -158,6 +175,14 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
         dataset_config=_phase_data(run.url),
     )
     return trainer.fit().return_value
+
+
+def _environment(config: Config) -> dict[str, Any]:
+    from tst_ray.spares import worker_environment
+
+    if not config.cluster.spares:
+        return {}
+    return worker_environment(str(config.model.config.get("model_type", "")))
 
 
 def _ray_storage(run: Storage) -> dict[str, Any]:
@@ -174,6 +199,8 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
     import ray.train
     import ray.train.torch
 
+    import tst_ray.memory  # noqa: F401  its addresses are known from then on
+    from tst_ray.spares import order_spare
     from tst_ray.worker import Job, Place, train
 
     job: Job = loop_config["job"]
@@ -183,17 +210,26 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
         context.get_world_size(),
         str(ray.train.torch.get_device()),
         ray.get_runtime_context().get_node_id(),
+        # What Ray has torch take where it is imported late. Said, so that a process which imported
+        # it early computes the same to the last bit.
+        threads=max(int(job.config.cluster.cpus_per_worker), 1),
     )
+    ordered = False
 
     def open_batches(phase: Phase, step: int) -> Iterator[Any]:
+        nonlocal ordered
         feed = job.feeds[phase.index]
         rows = feed.rows_per_rank(place.world_size)
         for first, last in feed.parts(phase.max_workers):
             if step < last:
                 shard = ray.train.get_dataset_shard(_dataset_name(feed, first))
-                yield from shard.iter_batches(
+                for batch in shard.iter_batches(
                     batch_size=rows, batch_format="numpy", prefetch_batches=4
-                )
+                ):
+                    yield batch
+                    if not ordered:  # now that this group trains
+                        order_spare()
+                        ordered = True
 
     return train(job, place, open_batches)
 

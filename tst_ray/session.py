@@ -68,7 +68,6 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
     is_local = "RAY_ADDRESS" not in os.environ
     if is_local:
         check_local(config, plan)
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Usage statistics would leave the user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray

@@ -294,7 +294,7 @@ class TrainConfig(_Section):
     activation_checkpointing: bool = False
     """whether to recompute each block's activations instead of keeping them"""
     threads: Count | None = None
-    """torch's CPU threads per worker; torch's own choice unless given"""
+    """torch's CPU threads per worker; those of its CPUs unless given"""
 
     def steps_of(self, part: float) -> int:
         """The number of steps that `warmup` or `decay` stands for."""
@@ -318,6 +318,8 @@ class ClusterConfig(_Section):
     """CPUs kept free of workers, for reading data"""
     wait_s: Amount = 0.0
     """seconds to wait, at the start, for the cluster to reach the smallest allowed size"""
+    spares: bool = True
+    """whether each worker keeps a spare process ready on its node, for fast restarts"""
     growth_gain: Amount = 2.0
     """more workers are taken in when they save this many times the seconds that it costs"""
     settle_s: Amount = 60.0

@@ -79,12 +79,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """This worker's place in its group; `node` is a name for the machine it is on."""
+    """This worker's place in its group.
+
+    Args:
+        node: a name for the machine it is on.
+        threads: torch's CPU threads unless `train.threads` says; None leaves them to torch.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
     node: str = ""
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,8 @@ class Trainer:
         self.device = torch.device(place.device)
         self.run = Storage(job.run_url)
         self.times = {"entered": round(time.time(), 3)}
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        if threads := config.train.threads or place.threads:
+            torch.set_num_threads(threads)
         self.ranks = Ranks()
         self.journal = Journal(self.run, job.plan, self._writer())
         self.watchdog = self._start_watchdog()

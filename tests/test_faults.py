@@ -279,7 +279,7 @@ def test_metrics_wait_for_a_full_disk_and_miss_no_step(
 
 
 def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Manifest) -> None:
-    job = tiny_job(tmp_path, manifest)
+    job = tiny_job(tmp_path, manifest, checkpoint__async="false")
     with Faults().fail_at(25).injected():
         with pytest.raises(RuntimeError, match="injected"):
             train_on(job)

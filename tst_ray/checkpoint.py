@@ -227,7 +227,7 @@ class Checkpointer:
         self._ranks = Ranks()  # the checkpoint thread's own
         self._on_event = on_event if self._ranks.rank == 0 else (lambda kind, **details: None)
         self._is_current = is_current
-        self._stager = _stager()
+        self._stager = _Stager()
         self._thread: threading.Thread | None = None
         self.failed_saves = 0
 
@@ -383,11 +383,26 @@ class Checkpointer:
         self._on_event("checkpoint_failed", step=step, error=_one_line(error))
 
 
-def _stager() -> Any:
-    """Copies a state to host memory before it changes."""
-    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+class _Stager:
+    """Copies a state to host memory before it changes, each time into the same memory.
 
-    return BlockingAsyncStager()
+    New memory takes longer to get than to fill. It is pinned where there is a GPU to copy from.
+    """
+
+    def __init__(self) -> None:
+        import torch
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+
+    def stage(self, state: dict[str, Any]) -> Any:
+        """A copy, which the next call overwrites."""
+        staged = self._stager.stage(state)
+        if not self._stager.cache_staged_state_dict:
+            # On its own, the stager would only pin memory to keep, and that takes a GPU.
+            self._stager.cache_staged_state_dict = True
+            self._stager.state_dict_cache = staged
+        return staged
 
 
 def _scratch_root() -> str | None:

@@ -1,4 +1,5 @@
-"""The command line: `tst-ray run | prepare | plan | status | checkpoints | export | settings`.
+"""The command line: `tst-ray run | prepare | plan | status | checkpoints | export | bench |
+settings`.
 
 Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit
 status: 0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything
@@ -16,6 +17,7 @@ from typing import Any
 from pipelines.errors import DataError
 from tst_ray.errors import UserError
 
+_BENCHES = ("recovery", "checkpoint")
 _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train.steps=2000"
 
 
@@ -73,6 +75,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/model)")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     export.set_defaults(command=_export, takes_overrides=False)
+
+    bench = commands.add_parser(
+        "bench", help="measure what a run costs on this machine", allow_abbrev=False
+    )
+    bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=", ".join(_BENCHES))
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench, takes_overrides=False)
 
     settings = commands.add_parser("settings", help="list every config field", allow_abbrev=False)
     settings.set_defaults(command=_settings, takes_overrides=False)
@@ -185,6 +194,16 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     from tst_ray.storage import Storage
 
     print(export_run(Storage(args.run), args.to, args.step)[1])
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
+    from tst_ray.bench import BENCHES, print_facts
+
+    facts = BENCHES[args.name]()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_facts(args.name, facts)
 
 
 def _settings(args: argparse.Namespace, overrides: list[str]) -> None:

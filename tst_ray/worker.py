@@ -171,6 +171,7 @@ class Trainer:
         self.guard = Guard(config.fault)
         self.passed_over: Callable[[int], bool] = lambda step: False
         self.stop_reason: str | None = None
+        self._state: dict[str, Any] | None = None
         self.times["built"] = round(time.time(), 3)
 
     def _writer(self) -> Writer:
@@ -324,9 +325,14 @@ class Trainer:
             self.save(step, self.checkpointer)
 
     def state(self) -> dict[str, Any]:
-        """Model and optimizer state by parameter name, sharded as they are."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        """Model and optimizer state by parameter name, sharded as they are; live tensors.
+
+        Gathered once: it takes longer than copying a small model, and all updates are in place. The
+        learning rate among it may be stale, but is set before each step anyway.
+        """
+        if self._state is None:
+            self._state = full_state(self.model, self.optimizer)
+        return self._state
 
     def restore(self) -> int:
         """Load the newest good checkpoint and open the journal behind it; the finished steps."""
@@ -341,7 +347,7 @@ class Trainer:
         return step
 
     def _load(self, info: CheckpointInfo) -> None:
-        state = self.state()
+        state = full_state(self.model, self.optimizer)
         self.checkpointer.load(info, state)
         set_state_dict(
             self.model,
@@ -475,6 +481,12 @@ class Trainer:
         self.journal.close(step)
         if self.watchdog is not None:
             self.watchdog.close()
+
+
+def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a checkpoint holds, by parameter name, sharded as it is; the live tensors."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

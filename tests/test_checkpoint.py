@@ -17,6 +17,7 @@ from tst_ray.checkpoint import (
     find_good,
     folder_name,
     load_full,
+    make_scratch,
     read_meta,
 )
 from tst_ray.errors import RunError
@@ -196,3 +197,19 @@ def test_a_remote_filesystem_works_the_same() -> None:
     load_full(committed(root)[0], state)
     assert torch.equal(state["model"]["w"], make_state(20)["model"]["w"])
     root.remove()
+
+
+def test_what_killed_processes_left_in_memory_is_removed() -> None:
+    import os
+    import subprocess
+    import sys
+
+    code = "from tst_ray.checkpoint import make_scratch; print(make_scratch())"
+    left = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
+    assert left.is_dir()
+    mine = make_scratch()
+    assert not left.exists()
+    assert make_scratch().parent == mine.parent
+    assert mine.is_dir()
+    for folder in mine.parent.glob(f"{mine.name.split('-')[0]}-*-{os.getpid()}-*"):
+        folder.rmdir()

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
+_SCRATCH = "tst-ray-checkpoint-"
 _HASH_CHUNK_BYTES = 1 << 20
 
 OnEvent = Callable[..., None]  # called as on_event(kind, **details)
@@ -324,9 +325,7 @@ class Checkpointer:
                 raise OSError("another attempt of this run has taken over")
             folder.remove()  # what an interrupted save left, or a damaged one that is done again
             folder.make()
-        if self.root.is_local:
-            return None
-        return Path(tempfile.mkdtemp(prefix="checkpoint-", dir=_scratch_root()))
+        return None if self.root.is_local else make_scratch()
 
     def _write(self, staged: Any, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
         """Write this rank's files; their names, sizes and checksums."""
@@ -405,9 +404,16 @@ class _Stager:
         return staged
 
 
-def _scratch_root() -> str | None:
-    """Memory rather than a disk, for files that are sent on at once."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def make_scratch() -> Path:
+    """A folder for files that are sent on at once: in memory, where that is possible.
+
+    What processes left there that were killed in the middle of a save is removed first.
+    """
+    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    for left in root.glob(f"{_SCRATCH}*"):
+        if not Path(f"/proc/{left.name.removeprefix(_SCRATCH).partition('-')[0]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=root))
 
 
 def load_full(info: CheckpointInfo, state: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,9 +90,6 @@ class Watchdog:
             self._process.stdin.close()
         self._process.wait()
         self._stacks.close()
-        for path in self._scratch.iterdir():
-            path.unlink()
-        self._scratch.rmdir()
 
 
 def main(facts: dict[str, Any], pipe: int) -> None:
@@ -106,8 +104,9 @@ def main(facts: dict[str, Any], pipe: int) -> None:
             _end(facts, beat)
             return
         data = os.read(pipe, 1 << 16)
-        if not data:
-            return  # the worker is gone
+        if not data:  # the worker is gone, or wants no watchdog any more
+            shutil.rmtree(Path(facts["stacks"]).parent, ignore_errors=True)
+            return
         *lines, buffer = (buffer + data).split(b"\n")
         if lines:
             beat = json.loads(lines[-1])
@@ -132,6 +131,7 @@ def _end(facts: dict[str, Any], beat: dict[str, Any]) -> None:
     name = f"{STACKS}/{stacks.name}"
     with contextlib.suppress(OSError):
         run.write(name, stacks.read_bytes())
+    shutil.rmtree(stacks.parent, ignore_errors=True)
     add_event(
         run,
         "hang",

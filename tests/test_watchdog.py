@@ -92,7 +92,7 @@ def test_a_stopped_worker_is_ended_too(run: Storage) -> None:
     assert process.wait(timeout=PATIENCE_S) < 0
     wait_for(lambda: run.read_lines("events.jsonl"), "the event")
     (event,) = run.read_lines("events.jsonl")
-    assert event["step"] == 8
+    assert event["step"] in (7, 8)
     assert "where_it_stands" in run.read(event["stacks"]).decode()
 
 

@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test soak check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tst_ray.run
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The long form of what `test` does briefly: twenty faults at random in one run, and nothing lost.
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_recovery.py -k soak --soak=20 -s
 
 # What a change must pass before its tests run.
 check: $(VENV)/installed

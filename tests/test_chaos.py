@@ -784,7 +784,7 @@ def test_only_the_workers_of_the_run_are_found_and_struck(
                 "kill_worker", "freeze", "add_node",
             ]  # fmt: skip
             assert injector.done[2]["node"] in cluster.node_ids()
-            assert state(workers[0].pid) == "T"
+            wait_until(lambda: state(workers[0].pid) == "T", "a frozen worker")
             assert [fault.kind for fault in injector.pending] == ["kill_worker"]  # none is left
             wait_until(lambda: target.workers(owner) == [workers[0]], "that Ray notices")
             assert all(is_running(worker.pid) for worker in [*others, *strangers])

@@ -15,6 +15,7 @@ from tst_ray.metrics import (
     add_event,
     drop_after,
     flatten,
+    one_line_a_step,
     write_hparams,
 )
 from tst_ray.storage import Storage
@@ -53,6 +54,30 @@ def test_after_a_restart_each_step_stands_once(run: Storage) -> None:
     records = run.read_lines(METRICS)
     assert [r["step"] for r in records] == list(range(1, 10))
     assert [r["loss"] for r in records] == [1.0] * 4 + [2.0] * 5
+
+
+def test_lines_of_an_attempt_that_was_overtaken_do_not_stand(run: Storage) -> None:
+    told = [(1, 1), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (5, 2)]
+    text = [json.dumps(record(step, 1.0, attempt=attempt)) + "\n" for step, attempt in told]
+    run.write(METRICS, "".join(text))
+    kept = one_line_a_step(run)
+    assert [(r["step"], r["attempt"]) for r in kept] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert run.read_lines(METRICS) == kept
+    before = run.read(METRICS)
+    one_line_a_step(run)
+    assert run.read(METRICS) == before
+
+
+@pytest.mark.parametrize("back_to", [0, 1, 2, 4999, 5000])
+def test_dropping_reads_from_the_end_and_keeps_the_rest_to_the_byte(
+    run: Storage, back_to: int
+) -> None:
+    """Longer than what is read at once."""
+    text = [json.dumps(record(step, 1.0, more="x" * 400)) + "\n" for step in range(1, 5001)]
+    run.write(METRICS, "".join(text) + '{"step": 50')
+    dropped = drop_after(run, back_to)
+    assert [r["step"] for r in dropped] == list(range(back_to + 1, 5001))
+    assert run.read(METRICS).decode() == "".join(text[:back_to])
 
 
 def test_the_curve_goes_on_where_it_was(run: Storage) -> None:

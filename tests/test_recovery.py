@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster.faults import Fault, Faults
+from cluster.faults import OWN_KINDS, Fault, Faults, schedule
 from cluster.injector import Injector
 from cluster.local import LocalCluster
 from cluster.targets import LocalTarget
@@ -100,12 +100,20 @@ class Place:
         run.start()
         return run
 
-    def inject(self, run: Run, faults: tuple[Fault, ...], status: int = 0) -> list[dict[str, Any]]:
-        """Strike a run until it ends; what was done. A driver that was killed is started again."""
+    def inject(
+        self, run: Run, faults: tuple[Fault, ...], status: int = 0, replaced: bool = False
+    ) -> list[dict[str, Any]]:
+        """Strike a run until it ends; what was done. A driver that was killed is started again.
+
+        Args:
+            replaced: whether lost nodes are replaced, as an autoscaler does.
+        """
         target = LocalTarget(self.cluster, node_resources=SPOT)
         with Injector(Storage(str(run.folder)), faults, target) as injector:
 
             def over() -> bool:
+                if replaced and len(self.cluster.node_ids()) < 2:
+                    self.cluster.add_node(1, SPOT)
                 if run.process.poll() is None:
                     return False
                 if run.process.returncode == -signal.SIGKILL:
@@ -113,7 +121,7 @@ class Place:
                     return False
                 return not injector.ongoing
 
-            assert injector.run(over, timeout_s=PATIENCE_S), run.said()
+            assert injector.run(over, timeout_s=PATIENCE_S * (1 + len(faults) // 4)), run.said()
         assert run.process.returncode == status, run.said()
         assert [record["outcome"] for record in injector.done] == ["done"] * len(faults), (
             injector.done,
@@ -189,7 +197,7 @@ def whole(place: Place) -> Run:
 def assert_nothing_lost(run: Run, whole: Run, same_size: bool = True) -> None:
     """The run trained on the same data in the same order, and got what the undisturbed one got."""
     one, other = run.records, whole.records
-    assert [r["step"] for r in one] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in one] == list(range(1, len(other) + 1))
     assert [r["data_digest"] for r in one] == [r["data_digest"] for r in other]
     if same_size:
         assert [r["loss"] for r in one] == [r["loss"] for r in other]
@@ -435,3 +443,33 @@ def test_a_second_interrupt_stops_at_once(place: Place) -> None:
     said = run.finish(status=130)
     assert "interrupted; the same command resumes" in said
     assert run.events("checkpoint") == []
+
+
+SOAK_KINDS = (*OWN_KINDS, "kill_driver")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Short soaks for every day; `--soak N` makes one long one of N faults."""
+    if metafunc.definition.name == "test_soak":
+        long = metafunc.config.getoption("--soak")
+        cases = [(long, 11)] if long else [(4, 1), (4, 2)]
+        names = [f"{faults}-faults-seed-{seed}" for faults, seed in cases]
+        metafunc.parametrize(("num_faults", "seed"), cases, ids=names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_soak(place: Place, num_faults: int, seed: int) -> None:
+    """Faults at random, of every kind that strikes processes, nodes and files: nothing is lost."""
+    steps = max(40 * num_faults, STEPS)
+    settings = {"train__steps": steps, "tst__ratio": 0.25}
+    place.nodes(2)
+    whole = place.start(f"calm-{steps}", **settings)
+    whole.finish()
+    run = place.start(f"soak-{num_faults}-{seed}", **settings, fault__max_failures=5)
+    faults = schedule(seed, num_faults, first_step=15, last_step=steps - 15, kinds=SOAK_KINDS)
+    done = place.inject(run, faults, replaced=True)
+    assert_nothing_lost(run, whole)
+    account = json.loads((run.folder / "run.json").read_text())["time"]["parts"]
+    print(f"\n{len(done)} faults: " + ", ".join(record["kind"] for record in done))
+    print(f"goodput {account['stepping'] / sum(account.values()):.1%}: {account}")

@@ -31,7 +31,7 @@ from tst_ray.errors import ConfigError, Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import one_line
 from tst_ray.journal import read_state, update_state
-from tst_ray.metrics import METRICS, add_event, write_hparams
+from tst_ray.metrics import add_event, one_line_a_step, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ask_autoscaler, check_capacity, ray_session
@@ -255,7 +255,7 @@ class Coordinator:
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
 
     def _finish(self, run: Storage, samples: list[str]) -> Outcome:
-        records = run.read_lines(METRICS)
+        records = one_line_a_step(run)
         last = tuple(
             next(r for r in reversed(records) if r["phase"] == phase.index)
             for phase in self.plan.phases

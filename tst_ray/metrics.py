@@ -161,6 +161,24 @@ def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
     return dropped
 
 
+def one_line_a_step(run: Storage) -> list[dict[str, Any]]:
+    """All records, each step once; the file is mended where it is not so.
+
+    Workers on a node that only the network has lost may write a line more before they notice that
+    another attempt has begun: the last attempt's stands.
+    """
+    records = run.read_lines(METRICS)
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in records:
+        held = by_step.get(record["step"])
+        if held is None or record["attempt"] >= held["attempt"]:
+            by_step[record["step"]] = record
+    kept = [by_step[step] for step in sorted(by_step)]
+    if kept != records:
+        run.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
 def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:
     """The last `count` records of metrics.jsonl, or all there are."""
     num_bytes = _TAIL_BYTES

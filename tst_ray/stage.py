@@ -125,6 +125,7 @@ class Stage:
         self.run, self.config, self.plan, self.phases = run, config, plan, phases
         self.job, self.say, self._vaults = job, say, vaults
         self.failures = 0
+        self._attempts = 0
         self._interrupts = Interrupts(self._on_interrupt)
         self._asked: str | None = None  # why the group at work was asked to stop
         self._asked_at = 0.0
@@ -161,6 +162,7 @@ class Stage:
         if self.config.cluster.backend == "inline":
             return self._inline()
         world_size = self._wait_for_room()
+        self._attempts += 1
         started = time.monotonic()
         group = Group(self.run, self.job, world_size)
         while not group.wait(_SUPERVISE_S):
@@ -234,10 +236,7 @@ class Stage:
                 "row without progress (fault.max_failures); the same command tries again"
             )
         if failure.started:
-            self.say(
-                f"step {now.get('step', 0):,}: a worker failed ({failure}); going on from step "
-                f"{newest_step(self.run):,}"
-            )
+            self.say(f"step {now.get('step', 0):,}: {failure}; going on from the newest checkpoint")
 
     def _resume_line(self, step: int) -> str:
         return (
@@ -267,7 +266,7 @@ class Stage:
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
         before = read_state(self.run).get("world_size")
-        if before is not None and before != room:
+        if self._attempts and before != room:
             add_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
         if self._vaults is not None:

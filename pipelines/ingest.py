@@ -32,7 +32,9 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 4 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
-_MAX_TASKS = 4096  # Ray Data makes all read tasks of a dataset, about 1 ms each, before it starts
+# Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about so
+# many, but always a few blocks for each worker.
+_TASKS, _LEAST_CHUNKS = 256, 8
 _ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
 FILLER = -1  # the slot of a row that only evens out the ranks
 
@@ -78,7 +80,7 @@ class Feed:
         A dataset's read tasks are all made before it starts, so one for a phase of months would
         take hours to begin. The bounds depend on the plan alone.
         """
-        steps = max(_MAX_TASKS // most_workers, 1) * self._chunk_steps(most_workers)
+        steps = max(_TASKS // most_workers, _LEAST_CHUNKS) * self._chunk_steps(most_workers)
         first = self.order.cuts[self.phase].first_step
         return list(pairwise([*range(first, self.last_step, steps), self.last_step]))
 

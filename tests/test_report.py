@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.test_runs import write_text
+from tests.tiny import MODEL, SETTINGS
 from tst_ray.cli import main
 from tst_ray.config import load_config
+from tst_ray.journal import read_state
 from tst_ray.report import plan_facts
+from tst_ray.storage import Storage
 
 # preset: parameters and active ones in billions, data tokens of phase one and of the run (TST.md)
 PAPER = {
@@ -56,3 +61,75 @@ def test_a_plan_needs_no_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A run of 8 steps in this process, by the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = SETTINGS | {
+        "model.config": MODEL,
+        "data.sources": write_text(folder / "text"),
+        "data.vocab_size": 300,
+        "data.row_tokens": 512,
+        "data.validation_share": 0.1,
+        "run.storage": folder,
+        "run.name": "tiny",
+    }
+    assert main(["run", *(f"--{name}={value}" for name, value in settings.items())]) == 0
+    return Storage(str(folder / "tiny"))
+
+
+def test_status_says_where_the_time_went(
+    finished: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", finished.url, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["status"], facts["step"], facts["world_size"]) == ("finished", 8, 1)
+    assert facts["newest_checkpoint"] == 8
+    assert facts["newest_checkpoint_checked"] == "checksums"
+    assert facts["time_s"]["stepping"] > 0
+    assert facts["time_s"]["closing"] > 0
+    assert sum(facts["time_s"].values()) == pytest.approx(facts["wall_s"], abs=0.01)
+    assert facts["goodput"] == pytest.approx(
+        facts["time_s"]["stepping"] / facts["wall_s"], abs=1e-3
+    )
+    before = read_state(finished)["time"]["parts"]
+    assert main(["status", finished.url]) == 0
+    said = capsys.readouterr().out
+    assert "in steps that count" in said and "newest checkpoint: step 8" in said
+    assert read_state(finished)["time"]["parts"] == before
+
+
+def test_checkpoints_are_listed_and_verified(
+    finished: Storage, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    assert main(["checkpoints", str(run), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["step"], c["state"], c["checked"]) for c in found] == [
+        (8, "committed", "checksums"), (6, "committed", "checksums"), (3, "committed", "checksums"),
+    ]  # fmt: skip
+    file = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    (run / "checkpoints" / "step-00000003" / "COMMITTED").unlink()
+    assert main(["checkpoints", str(run), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" in said and "another checksum" in said and "uncommitted" in said
+    for marker in run.glob("checkpoints/*/COMMITTED"):
+        marker.write_text("x")
+    assert main(["checkpoints", str(run)]) == 1
+    assert "checkpoints is good" in capsys.readouterr().err
+    assert main(["checkpoints", str(tmp_path)]) == 1
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "checkpoint", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0 < facts["median_s"]["background_s"] < facts["median_s"]["foreground_s"]
+    assert facts["torch"] and facts["date"]

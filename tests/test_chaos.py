@@ -585,6 +585,8 @@ def test_a_users_mistakes_are_one_line_and_a_status(
     assert "no Ray cluster answers there" in said()
     assert main([trained.path, "--address=auto"]) == 1
     assert "no Ray cluster answers there" in said()
+    assert main([trained.path, "--really"]) == 2
+    assert "kill_worker" in said()
     trained.remove("plan.json")
     assert main([trained.path]) == 2
     assert "give --last-step" in said()
@@ -713,22 +715,27 @@ def test_a_node_that_is_cut_off_works_on_without_ray(cluster: LocalCluster) -> N
 
 
 @pytest.mark.slow
-def test_a_cluster_leaves_no_process_and_no_file(cluster: LocalCluster) -> None:
+def test_a_cluster_leaves_no_process_and_no_file(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And does not touch what tells Ray which cluster of this machine is the last."""
-    before, children = set(Path("/tmp").glob("ray*")), set(descendants(os.getpid()))
-    last = Path("/tmp/ray/ray_current_cluster")
-    content = last.read_bytes() if last.exists() else None
-    handler = signal.getsignal(signal.SIGTERM)
+    last = tmp_path / "ray" / "ray_current_cluster"
+    last.parent.mkdir()
+    last.write_text("192.0.2.1:6379")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    before = dict(os.environ)
+    children, handler = set(descendants(os.getpid())), signal.getsignal(signal.SIGTERM)
     with LocalCluster(head_cpus=1) as other:
         other.add_node(1, SPOT)
         with driver(other, 1):
             assert other.address != cluster.address
-            (folder,) = set(Path("/tmp").glob("ray*")) - before
+            assert list(Path(other.folder).rglob("raylet.out"))
             assert len(set(descendants(os.getpid())) - children) > 6
-    assert not folder.exists()
+    assert not Path(other.folder).exists()
     assert set(descendants(os.getpid())) == children
-    assert (last.read_bytes() if last.exists() else None) == content
-    assert "RAY_ADDRESS" not in os.environ and "RAY_TMPDIR" not in os.environ
+    assert last.read_text() == "192.0.2.1:6379"
+    assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -32,8 +32,8 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 4 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
-# Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about so
-# many, but always a few blocks for each worker.
+# Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
+# so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
 _ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
 FILLER = -1  # the slot of a row that only evens out the ranks

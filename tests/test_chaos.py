@@ -238,6 +238,16 @@ def test_ballast_fills_a_disk_and_gives_it_back(small_disk: Path) -> None:
     (small_disk / "more").write_bytes(b"x" * (3 << 20))
 
 
+def test_ballast_fills_a_disk_that_has_less_than_it_says(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem may keep some of its free space for itself."""
+    monkeypatch.setattr("cluster.damage._free_bytes", lambda folder: 7 << 20)
+    ballast = Ballast(str(small_disk))
+    assert os.statvfs(small_disk).f_bfree == 0
+    ballast.release()
+
+
 def test_ballast_ends_with_its_process(small_disk: Path) -> None:
     code = (
         "import sys, time; from cluster.chaos import Ballast; b = Ballast(sys.argv[1])\n"

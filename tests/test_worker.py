@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 
 from pipelines.ingest import FILLER, BatchMismatch, read_inline
 from pipelines.shards import Manifest
+from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.batches import micro_batches
-from tst_ray.checkpoint import committed, folder_name, load_full
+from tst_ray.checkpoint import Ranks, committed, folder_name, load_full
+from tst_ray.errors import RunError
+from tst_ray.journal import Journal, Writer
 from tst_ray.model import build_model, hf_config
 from tst_ray.storage import Storage
-from tst_ray.worker import Place, seed_step, train
+from tst_ray.worker import Place, Trainer, seed_step, train
 
 NUM_STEPS = 8
 
@@ -197,14 +201,15 @@ def test_random_numbers_are_a_function_of_the_step() -> None:
 
 def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Manifest) -> None:
     """Workers can outlive a driver that was killed; two must not write one run."""
-    from tst_ray.errors import RunError
-    from tst_ray.worker import Trainer
-
     job = make_job(make_config(tmp_path, manifest), manifest)
-    old = Trainer(job, Place())
-    old.restore()
-    new = Trainer(job, Place())
-    new.restore()
+
+    def begin() -> Trainer:
+        journal = Journal(Storage(job.run_url), job.plan, Writer(0, 1))
+        trainer = Trainer(job, Place(), Ranks(), journal, None)
+        trainer.restore()
+        return trainer
+
+    old, new = begin(), begin()
     assert (old.journal.attempt, new.journal.attempt) == (1, 2)
     new.journal.write_state(0)
     with pytest.raises(RunError, match="another attempt of this run has taken over"):
@@ -212,3 +217,16 @@ def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Man
     old.save(3, old.checkpointer)
     old.checkpointer.wait()
     assert committed(Storage(job.run_url) / "checkpoints") == []
+    for trainer in (old, new):
+        trainer.journal.close()
+
+
+def test_after_a_failure_no_watchdog_waits_for_the_next_beat(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """A process that catches the error must not be ended for what it does next."""
+    job = make_job(make_config(tmp_path, manifest, fault__hang_s=300), manifest)
+    with pytest.raises(BatchMismatch):
+        train(job, Place(), lambda phase, step: read_inline(job.feeds[phase.index], step + 1))
+    assert watchdogs(Storage(job.run_url)) == []
+    assert not [t for t in threading.enumerate() if t.name == "stop-request"]

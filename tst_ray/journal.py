@@ -237,14 +237,25 @@ class Journal:
         """Add a roll-back to the run's list; what it names is not trained on from now on."""
         self.run.write_json(PASSED_OVER, [*read_passed_over(self.run), facts])
 
-    def close(self, step: int) -> None:
-        """Close the logs; no write may follow."""
+    def finish(self, step: int) -> None:
+        """Say where the run stands at the end of this attempt."""
+        if self._metrics is not None:
+            self.flush()
+            self.account.charge("checkpoint_stall", time.time())
+            self.write_state(step)
+
+    def close(self) -> None:
+        """Close the logs, however the attempt ended; no write may follow."""
         if self._stop is not None:
             self._stop.close()
         if self._metrics is not None:
             self._metrics.close()
-            self.account.charge("checkpoint_stall", time.time())
-            self.write_state(step)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
 
 
 def steps_passed_over(rollbacks: list[dict[str, Any]]) -> Callable[[int], bool]:

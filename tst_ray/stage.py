@@ -125,7 +125,7 @@ class Stage:
         self.run, self.config, self.plan, self.phases = run, config, plan, phases
         self.job, self.say, self._vaults = job, say, vaults
         self.failures = 0
-        self._attempts = 0
+        self._attempts = self._before = 0
         self._interrupts = Interrupts(self._on_interrupt)
         self._asked: str | None = None  # why the group at work was asked to stop
         self._asked_at = 0.0
@@ -163,6 +163,7 @@ class Stage:
             return self._inline()
         world_size = self._wait_for_room()
         self._attempts += 1
+        self._before = read_state(self.run).get("attempt", 0)
         started = time.monotonic()
         group = Group(self.run, self.job, world_size)
         while not group.wait(_SUPERVISE_S):
@@ -281,7 +282,7 @@ class Stage:
             return
         if self._interrupts.by is not None:
             self._ask(INTERRUPT)
-        elif leaving := draining_nodes() & set(read_state(self.run).get("nodes", ())):
+        elif leaving := draining_nodes() & self._nodes_at_work():
             add_event(self.run, "preemption", nodes=sorted(leaving))
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
             self._ask(PREEMPTION)
@@ -291,6 +292,11 @@ class Stage:
                 self._vaults.cover()
             if self._should_grow(world_size, started):
                 self._ask(GROW)
+
+    def _nodes_at_work(self) -> set[str]:
+        """The nodes of the group at work; none while it starts: run.json is of the one before."""
+        state = read_state(self.run)
+        return set(state.get("nodes", ())) if state.get("attempt", 0) > self._before else set()
 
     def _ask(self, reason: str) -> None:
         self._asked, self._asked_at = reason, time.monotonic()

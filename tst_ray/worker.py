@@ -13,8 +13,9 @@ the losses that each step needs anyway, so all see it after the same step.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,20 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
         RunError: no checkpoint of several is intact, or too many roll-backs.
         BatchMismatch: a batch is not the one the plan says.
     """
-    trainer = Trainer(job, place)
+    ranks = Ranks()
+    run = Storage(job.run_url)
+    nodes = tuple(node for node in ranks.gather(place.node) if node)
+    writer = Writer(place.rank, place.world_size, nodes)
+    with (
+        Journal(run, job.plan, writer) as journal,
+        watching(job, journal, place.rank) as watchdog,
+    ):
+        trainer = Trainer(job, place, ranks, journal, watchdog)
+        return train_phases(trainer, job, open_batches)
+
+
+def train_phases(trainer: Trainer, job: Job, open_batches: OpenBatches) -> Ended:
+    """The loop itself."""
     step = trainer.restore()
     for phase in job.plan.phases:
         if not phase.first_step <= step < min(phase.last_step, job.last_step):
@@ -137,20 +151,35 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
     return Ended(step, DONE)
 
 
-class Trainer:
-    """One worker's model, optimizer, checkpoints, guard, watchdog and journal."""
+@contextlib.contextmanager
+def watching(job: Job, journal: Journal, rank: int) -> Iterator[Watchdog | None]:
+    """A watchdog over this worker while the block runs; none where `fault.hang_s` is null."""
+    fault = job.config.fault
+    if fault.hang_s is None:
+        yield None
+        return
+    dog = Watchdog(job.run_url, Bounds(fault.hang_s, fault.start_s), journal.attempt, rank)
+    dog.expect("start", 0)
+    try:
+        yield dog
+    finally:
+        dog.close()
 
-    def __init__(self, job: Job, place: Place) -> None:
+
+class Trainer:
+    """One worker's model, optimizer, checkpoints and guard, and what it tells."""
+
+    def __init__(
+        self, job: Job, place: Place, ranks: Ranks, journal: Journal, watchdog: Watchdog | None
+    ) -> None:
         config = job.config
         self.job, self.place, self.config, self.plan = job, place, config, job.plan
+        self.ranks, self.journal, self.watchdog = ranks, journal, watchdog
         self.device = torch.device(place.device)
         self.run = Storage(job.run_url)
         self.times = {"entered": round(time.time(), 3)}
         if threads := config.train.threads or place.threads:
             torch.set_num_threads(threads)
-        self.ranks = Ranks()
-        self.journal = Journal(self.run, job.plan, self._writer())
-        self.watchdog = self._start_watchdog()
         manifest = load_manifest(job.feeds[0])
         self.hf_config = hf_config(
             config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
@@ -173,19 +202,6 @@ class Trainer:
         self.stop_reason: str | None = None
         self._state: dict[str, Any] | None = None
         self.times["built"] = round(time.time(), 3)
-
-    def _writer(self) -> Writer:
-        nodes = self.ranks.gather(self.place.node)
-        return Writer(self.place.rank, self.place.world_size, tuple(n for n in nodes if n))
-
-    def _start_watchdog(self) -> Watchdog | None:
-        fault = self.config.fault
-        if fault.hang_s is None:
-            return None
-        bounds = Bounds(fault.hang_s, fault.start_s)
-        dog = Watchdog(self.job.run_url, bounds, self.journal.attempt, self.place.rank)
-        dog.expect("start", 0)
-        return dog
 
     def _checkpointers(self) -> tuple[Checkpointer, Checkpointer | None]:
         """Those of storage, and of memory where there is one."""
@@ -411,7 +427,7 @@ class Trainer:
         if self.place.rank == 0:
             self._record_rollback(rollback)
         self.ranks.gather(None)  # nobody restarts before it is written
-        self._close(step)
+        self.journal.finish(step)
         return Ended(step, ROLLBACK)
 
     def _record_rollback(self, rollback: Rollback) -> None:
@@ -463,24 +479,19 @@ class Trainer:
             self.save(step, self.checkpointer)
         self._wait_for_saves(step)
         self.journal.event("stop", step=step, reason=reason)
-        self._close(step)
+        self.journal.finish(step)
         return Ended(step, reason)
 
     def finish(self, step: int) -> None:
-        """Wait for the last checkpoint and close the log."""
+        """Wait for the last checkpoint, and say where the run stands."""
         self._wait_for_saves(step)
-        self._close(step)
+        self.journal.finish(step)
 
     def _wait_for_saves(self, step: int) -> None:
         self.expect("save", step)
         for saver in (self.memory, self.checkpointer):
             if saver is not None:
                 saver.wait()
-
-    def _close(self, step: int) -> None:
-        self.journal.close(step)
-        if self.watchdog is not None:
-            self.watchdog.close()
 
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

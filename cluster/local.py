@@ -44,7 +44,7 @@ class LocalCluster:
         dashboard: whether the head serves the dashboard, and with it `ray job submit`.
         system_config: Ray's internal settings. By default Ray notices after 15 seconds that a node
             is lost, and after 60 that one is cut off; with {"health_check_period_ms": 500,
-            "health_check_timeout_ms": 1000} after 3 and 8.
+            "health_check_timeout_ms": 1000} a lost one after about 5.
 
     Attributes:
         head_id: the head's node id, in hex.

@@ -260,6 +260,31 @@ def test_too_many_failed_saves_stop_the_run_with_its_last_checkpoint_intact(
     assert train_on(job) == Ended(STEPS, "done")
 
 
+def test_a_disk_that_fills_up_under_dcp_is_a_failed_save(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DCP writes its files itself, and raises what no `except Exception` catches."""
+    import resource
+
+    job = tiny_job(tmp_path, manifest, train__steps=6, checkpoint__async="false")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            most = 16_000 if number == 3 else limit[0]  # bytes of a file: less than a checkpoint's
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
+            yield batch
+
+    try:
+        assert train(job, Place(), batches) == Ended(6, "done")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4]
+    assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [6, 2]
+
+
 def test_metrics_wait_for_a_full_disk_and_miss_no_step(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

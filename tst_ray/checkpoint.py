@@ -16,6 +16,7 @@ commits over a process group of its own, so its collectives never meet the loop'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,8 @@ class Checkpointer:
         """Load a checkpoint into `state`: tensors in place, resharded to how they are here."""
         import torch.distributed.checkpoint as dcp
 
-        dcp.load(state, storage_reader=_reader(info.folder), process_group=self._ranks.group)
+        with _ordinary_errors():
+            dcp.load(state, storage_reader=_reader(info.folder), process_group=self._ranks.group)
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Start saving the state after `step` steps; a save still under way is waited for.
@@ -333,7 +335,8 @@ class Checkpointer:
 
         target = str(scratch) if scratch else folder.path
         writer = dcp.FileSystemWriter(target, single_file_per_rank=True, overwrite=True)
-        dcp.save(staged, storage_writer=writer, process_group=self._ranks.group)
+        with _ordinary_errors():
+            dcp.save(staged, storage_writer=writer, process_group=self._ranks.group)
         return self._own_files(folder, scratch)
 
     def _own_files(self, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
@@ -404,6 +407,18 @@ class _Stager:
         return staged
 
 
+@contextlib.contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """DCP's own exception is a BaseException, which passes by every `except Exception`."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [str(cause) for cause, _ in error.failures.values()]
+        raise OSError(causes[0] if causes else "the checkpoint failed") from error
+
+
 def make_scratch() -> Path:
     """A folder for files that are sent on at once: in memory, where that is possible.
 
@@ -420,7 +435,8 @@ def load_full(info: CheckpointInfo, state: dict[str, Any]) -> None:
     """Load a checkpoint into full tensors in one process, without a process group."""
     import torch.distributed.checkpoint as dcp
 
-    dcp.load(state, storage_reader=_reader(info.folder), no_dist=True)
+    with _ordinary_errors():
+        dcp.load(state, storage_reader=_reader(info.folder), no_dist=True)
 
 
 def _reader(folder: Storage) -> Any:

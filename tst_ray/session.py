@@ -90,7 +90,8 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
     try:
         yield Session(is_local, os.path.join(context.address_info["session_dir"], "logs"))
     finally:
-        ray.shutdown()
+        with contextlib.suppress(OSError):  # it prints, and the disk of the log may be full
+            ray.shutdown()
 
 
 def _check_address(address: str) -> None:

@@ -18,9 +18,10 @@ shorter than one sequence (`Order.tail_tokens`), whatever the phases' cell lengt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -276,6 +277,18 @@ def span_hashes(spans: Spans, salt: str) -> Int64:
 def digest(lane_sums: Sequence[float] | Int64) -> str:
     """The `data_digest` of a step: 32 hex digits from the summed lanes of `span_hashes`."""
     return "".join(f"{int(lane) % 65536:04x}" for lane in lane_sums)
+
+
+def named_spans(order: Order, steps: Iterable[int]) -> list[list[Any]]:
+    """[step from 1, source, epoch, stream offset, tokens] of each sequence of some steps."""
+    named: list[list[Any]] = []
+    for step in steps:
+        spans = order.spans(step)
+        for source, epoch, offset in zip(
+            spans.source.tolist(), spans.epoch.tolist(), spans.offset.tolist(), strict=True
+        ):
+            named.append([step + 1, order.sources[source].name, epoch, offset, spans.length])
+    return named
 
 
 def _cells_in(num_tokens: int, cut: Cut) -> int:

@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
 
 def test_there_are_commands_to_check() -> None:
     programs = {words[0].rsplit("/", 1)[-1] for words in commands()}
-    assert programs == {"make", "tst-ray", "ray", "tensorboard"}
+    assert programs == {"make", "tst-ray", "ray", "tensorboard", "python"}
 
 
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "make"], ids=" ".join)

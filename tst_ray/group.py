@@ -200,7 +200,7 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
     import ray.train.torch
 
     import tst_ray.memory  # noqa: F401  its addresses are known from then on
-    from tst_ray.spares import order_spare
+    from tst_ray.spares import order_spares
     from tst_ray.worker import Job, Place, train
 
     job: Job = loop_config["job"]
@@ -228,10 +228,17 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
                 ):
                     yield batch
                     if not ordered:  # now that this group trains
-                        order_spare()
+                        order_spares(_controller_environment() if place.rank == 0 else None)
                         ordered = True
 
     return train(job, place, open_batches)
+
+
+def _controller_environment() -> dict[str, str]:
+    """The environment variables that Ray Train gives a controller, and it to its workers."""
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    return dict(get_env_vars_to_propagate())
 
 
 @dataclass(frozen=True)

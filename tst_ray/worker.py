@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipelines.ingest import BatchMismatch, Columns, Feed, check_batch, load_manifest
-from pipelines.order import digest, span_hashes
+from pipelines.order import digest, named_spans, span_hashes
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
 from tst_ray.batches import Validation, micro_batches, timed
@@ -442,20 +442,10 @@ class Trainer:
             "back_to": left[0].step if left else 0,
         }
         self.journal.pass_over(facts)
-        self.journal.event("rollback", **facts, spans=self._name_spans(rollback))
-
-    def _name_spans(self, rollback: Rollback) -> list[list[Any]]:
-        """[step, source, epoch, offset, tokens] of each sequence that is passed over."""
-        named = []
-        for step in range(rollback.first_step, rollback.last_step + 1):
-            order = self.job.feeds[0].order
-            spans = order.spans(step)
-            names = [order.sources[number].name for number in spans.source.tolist()]
-            for name, epoch, offset in zip(
-                names, spans.epoch.tolist(), spans.offset.tolist(), strict=True
-            ):
-                named.append([step + 1, name, epoch, offset, spans.length])
-        return named
+        spans = named_spans(
+            self.job.feeds[0].order, range(rollback.first_step, rollback.last_step + 1)
+        )
+        self.journal.event("rollback", **facts, spans=spans)
 
     def start_phase(self, phase: Phase, step: int) -> None:
         """Record that a phase begins or goes on."""

@@ -126,12 +126,13 @@ class Stage:
         self.job, self.say, self._vaults = job, say, vaults
         self.failures = 0
         self._attempts = self._before = 0
+        self._trains = False  # whether the group at work has finished a step
         self._interrupts = Interrupts(self._on_interrupt)
         self._asked: str | None = None  # why the group at work was asked to stop
         self._asked_at = 0.0
         self._resized_at = time.monotonic()
         self._looked_at = 0.0
-        self._restart_s = _UNMEASURED_RESTART_S
+        self._start_s = self._restart_s = _UNMEASURED_RESTART_S  # as last measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
 
     def train(self) -> None:
@@ -165,11 +166,12 @@ class Stage:
         self._attempts += 1
         self._before = read_state(self.run).get("attempt", 0)
         started = time.monotonic()
+        self._trains = False
         group = Group(self.run, self.job, world_size)
         while not group.wait(_SUPERVISE_S):
             self._supervise(world_size, started)
         if self._asked:
-            self._restart_s = time.monotonic() - self._asked_at + self._start_s(started)
+            self._restart_s = time.monotonic() - self._asked_at + self._start_s
         ended: Ended = group.outcome()
         return ended
 
@@ -215,18 +217,16 @@ class Stage:
         """
         now = read_state(self.run)
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
-        if failure.started:
-            self.failures = 1 if progress else self.failures + 1
-            add_event(
-                self.run,
-                "failure",
-                error=str(failure),
-                attempt=now.get("attempt", 0),
-                step=now.get("step", 0),
-                in_a_row=self.failures,
-            )
-        else:
-            self.say(f"the workers did not start: {failure}")
+        self.failures = 1 if failure.started and progress else self.failures + 1
+        add_event(
+            self.run,
+            "failure",
+            error=str(failure),
+            started=failure.started,
+            attempt=now.get("attempt", 0),
+            step=now.get("step", 0),
+            in_a_row=self.failures,
+        )
         charge(self.run, "restart")
         if self._interrupts.by is not None:
             raise Interrupted(self._resume_line(newest_step(self.run)), self._interrupts.by)
@@ -236,8 +236,8 @@ class Stage:
                 f"{self.run.url}: {failure}; the run gave up after {self.failures} failures in a "
                 "row without progress (fault.max_failures); the same command tries again"
             )
-        if failure.started:
-            self.say(f"step {now.get('step', 0):,}: {failure}; going on from the newest checkpoint")
+        what = str(failure) if failure.started else f"the workers did not start: {failure}"
+        self.say(f"step {now.get('step', 0):,}: {what}; going on from the newest checkpoint")
 
     def _resume_line(self, step: int) -> str:
         return (
@@ -278,6 +278,8 @@ class Stage:
 
     def _supervise(self, world_size: int, started: float) -> None:
         """One look at a group at work, and a request to stop where there is reason."""
+        if not self._trains and self._steps_of_group():
+            self._trains, self._start_s = True, time.monotonic() - started
         if self._asked is not None:
             return
         if self._interrupts.by is not None:
@@ -292,6 +294,12 @@ class Stage:
                 self._vaults.cover()
             if self._should_grow(world_size, started):
                 self._ask(GROW)
+
+    def _steps_of_group(self) -> int:
+        """Steps that the group at work has finished, as run.json has it."""
+        state = read_state(self.run)
+        begun = state.get("attempt", 0) > self._before
+        return int(state["step"] - state["attempt_from"]) if begun else 0
 
     def _nodes_at_work(self) -> set[str]:
         """The nodes of the group at work; none while it starts: run.json is of the one before."""
@@ -318,7 +326,7 @@ class Stage:
             step_s=step_s,
             measured=self._measured,
             steps_left=self.job.last_step - step,
-            restart_s=max(self._restart_s, self._start_s(started)),
+            restart_s=max(self._restart_s, self._start_s),
             since_resize_s=time.monotonic() - max(self._resized_at, started),
         )
         cluster = self.config.cluster
@@ -344,11 +352,3 @@ class Stage:
         records = self.run.tail_records(METRICS, _TAIL_BYTES)
         attempt = read_state(self.run).get("attempt")
         return [r for r in records if r["attempt"] == attempt and r["world_size"] == world_size]
-
-    def _start_s(self, started: float) -> float:
-        """Seconds from the group's start to its first step, as far as one can tell from its log."""
-        records = self._records_now(read_state(self.run).get("world_size", 0))
-        if not records:
-            return _UNMEASURED_RESTART_S
-        began = time.time() - (time.monotonic() - started)
-        return max(records[0]["time"] - records[0]["step_time_s"] - began, 0.0)

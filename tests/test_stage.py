@@ -1,0 +1,110 @@
+"""A stage's decisions, without Ray: what counts as progress, when a run gives up, what it says."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.manifest import Manifest
+from tests.tiny import make_config, make_corpus, make_job
+from tst_ray.errors import Interrupted, RunError
+from tst_ray.group import GroupFailed
+from tst_ray.journal import read_state, update_state
+from tst_ray.stage import Stage
+from tst_ray.storage import Storage
+from tst_ray.worker import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+class Scripted(Stage):
+    """Attempts that end as a script says: where each starts, and how it ends."""
+
+    def __init__(self, folder: Path, manifest: Manifest, script: list[tuple[int, Any]]) -> None:
+        config = make_config(folder, manifest, fault__max_failures=2)
+        job = make_job(config, manifest)
+        self.said: list[str] = []
+        self.script = script
+        phases = job.plan.phases
+        super().__init__(Storage(job.run_url), config, job.plan, phases, job, self.said.append)
+        update_state(self.run, status="starting")
+
+    def _one_attempt(self) -> Ended:
+        starts_at, ending = self.script.pop(0)
+        attempt = read_state(self.run).get("attempt", 0) + 1
+        update_state(self.run, attempt=attempt, attempt_from=starts_at, step=starts_at)
+        if isinstance(ending, Exception):
+            raise ending
+        if ending.reason == DONE:
+            (self.run / "checkpoints" / f"step-{ending.step:08d}").write("COMMITTED", "x")
+        return ending
+
+
+DIED = GroupFailed("the process of rank 1 died", started=True)
+NO_START = GroupFailed("no room", started=False)
+FINISHED = (6, Ended(8, DONE))
+
+
+def failures(stage: Stage) -> list[int]:
+    events = stage.run.read_lines("events.jsonl")
+    return [event["in_a_row"] for event in events if event["event"] == "failure"]
+
+
+def test_failures_with_progress_between_them_are_no_reason_to_give_up(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(n, DIED) for n in range(6)] + [FINISHED])
+    stage.train()
+    assert failures(stage) == [1] * 6
+    assert "the process of rank 1 died" in stage.said[0]
+
+
+@pytest.mark.parametrize("failure", [DIED, NO_START])
+def test_failures_without_progress_end_the_run(
+    tmp_path: Path, manifest: Manifest, failure: GroupFailed
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(3, failure)] * 10)
+    with pytest.raises(RunError, match=r"gave up after 3 failures .*fault.max_failures"):
+        stage.train()
+    assert failures(stage) == [1, 2, 3]
+
+
+def test_an_attempt_that_was_asked_to_stop_makes_failures_count_anew(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    script = [(3, DIED), (3, DIED), (3, Ended(4, GROW)), (4, DIED), (4, DIED), FINISHED]
+    stage = Scripted(tmp_path, manifest, script)
+    stage.train()
+    assert failures(stage) == [1, 2, 1, 2]
+
+
+def test_saves_that_keep_failing_end_the_run_with_the_remedy(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(0, Ended(5, FAILED_SAVES))])
+    with pytest.raises(RunError, match=r"fault.max_failed_saves.*make room in run.storage"):
+        stage.train()
+
+
+def test_an_interrupt_says_how_to_go_on_and_its_status_is_the_signals(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(0, Ended(5, INTERRUPT))])
+    stage._interrupts.by = signal.SIGTERM
+    with pytest.raises(Interrupted, match="the same command resumes") as caught:
+        stage.train()
+    assert caught.value.exit_status == 143
+
+
+def test_a_stage_whose_last_checkpoint_is_missing_is_not_done(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(0, Ended(5, DONE))])
+    with pytest.raises(RunError, match="was not committed"):
+        stage.train()

@@ -68,6 +68,13 @@ def test_growth_pays(change: dict[str, object], pays: bool) -> None:
     assert growth_pays(growth, gain=2.0, settle_s=60.0) == pays
 
 
+def test_without_a_gain_to_reach_all_that_fits_is_taken_in() -> None:
+    slower = replace(GROWTH, measured={4: 9.0})
+    assert growth_pays(slower, gain=0.0, settle_s=60.0)
+    assert not growth_pays(replace(slower, since_resize_s=1.0), gain=0.0, settle_s=60.0)
+    assert not growth_pays(replace(slower, possible=2), gain=0.0, settle_s=60.0)
+
+
 def test_what_is_expected_follows_the_fullest_rank() -> None:
     assert GROWTH.expected_step_s == 0.5
     assert replace(GROWTH, num_sequences=5).expected_step_s == pytest.approx(2 / 3)

@@ -91,10 +91,11 @@ def growth_pays(growth: Growth, *, gain: float, settle_s: float) -> bool:
     """Whether to stop the group, with a checkpoint, and start a larger one.
 
     Args:
-        gain: how many times the restart's cost must be saved; the margin for what was estimated.
+        gain: how many times the restart's cost must be saved; the margin for what was estimated. 0
+            takes in all that fits, whether it pays or not.
         settle_s: seconds since the last resize before the next: nodes that come and go must not
             make a run restart each time.
     """
     if growth.possible <= growth.world_size or growth.since_resize_s < settle_s:
         return False
-    return growth.saved_s > gain * growth.restart_s
+    return gain == 0 or growth.saved_s > gain * growth.restart_s

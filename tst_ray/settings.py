@@ -321,7 +321,7 @@ class ClusterConfig(_Section):
     spares: bool = True
     """whether each worker keeps a spare process ready on its node, for fast restarts"""
     growth_gain: Amount = 2.0
-    """more workers are taken in when they save this many times the seconds that it costs"""
+    """more workers are taken in when that saves so many times what it costs; 0: always"""
     settle_s: Amount = 60.0
     """seconds that a worker group runs, at the least, before it takes in more workers"""
 

@@ -132,7 +132,8 @@ class Stage:
         self._asked_at = 0.0
         self._resized_at = time.monotonic()
         self._looked_at = 0.0
-        self._start_s = self._restart_s = _UNMEASURED_RESTART_S  # as last measured
+        self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
+        self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
 
     def train(self) -> None:
@@ -326,7 +327,7 @@ class Stage:
             step_s=step_s,
             measured=self._measured,
             steps_left=self.job.last_step - step,
-            restart_s=max(self._restart_s, self._start_s),
+            restart_s=self._restart_s or self._start_s,
             since_resize_s=time.monotonic() - max(self._resized_at, started),
         )
         cluster = self.config.cluster

@@ -105,7 +105,7 @@ class Group:
         }
         for failure in failures.values():
             if isinstance(failure, (UserError, DataError)):
-                return RunError(str(failure))
+                return RunError(f"{self._run.url}: {failure}")
         return GroupFailed(_told(failures) or one_line(error), started=True)
 
 

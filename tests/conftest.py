@@ -1,8 +1,14 @@
-"""Options of the suite."""
+"""Options of the suite, and how its own process speaks to Ray."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Ray decides once a process whether it shows a token, and clusters of several nodes on one machine
+# want none. Runs that tests start as people do (test_runs.py) keep Ray's default.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

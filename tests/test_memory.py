@@ -39,7 +39,6 @@ NOTICE = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # on the loopback interface
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         started = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": NOTICE}

@@ -65,7 +65,8 @@ def command(storage: Path, text: Path, name: str, **changes: Any) -> list[str]:
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
+    ours = ("RAY_ADDRESS", "RAY_AUTH_MODE")
+    env = {k: v for k, v in os.environ.items() if k not in ours} | environment
     with log.open("ab") as file:
         return subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file, env=env)
 

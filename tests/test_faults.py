@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tst_ray.checkpoint import committed
 from tst_ray.errors import RunError
 from tst_ray.journal import read_passed_over, read_state, request_stop
 from tst_ray.storage import Storage
+from tst_ray.timeouts import STOP_POLL_S
 from tst_ray.worker import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place, train
 
 STEPS = 40
@@ -143,6 +145,29 @@ def test_a_run_with_steps_passed_over_is_resumed_bit_for_bit(
     assert same(weights, resumed_weights)
 
 
+def test_stopped_amid_bad_steps_a_run_goes_back_no_further_than_it_must(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """A request to stop saves whatever the guard thinks; what it counted goes on after."""
+    from pipelines.ingest import read_inline
+
+    job = tiny_job(tmp_path, manifest, fault__max_skipped=3, checkpoint__async="false")
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            if number == 15:  # the second bad step waits until the request is seen
+                request_stop(Storage(job.run_url), INTERRUPT)
+                time.sleep(4 * STOP_POLL_S)
+            yield batch
+
+    with Faults().not_finite_at(15, 16, 17).injected():
+        assert train(job, Place(), batches) == Ended(16, INTERRUPT)
+        Storage(job.run_url).remove("control.json")
+        assert train_on(job) == Ended(17, ROLLBACK)
+    (event,) = events_of(job, "rollback")
+    assert (event["first_step"], event["last_step"], event["back_to"]) == (14, 16, 14)
+
+
 def test_a_lasting_spike_goes_back_and_a_run_gives_up_in_the_end(
     tmp_path: Path, manifest: Manifest
 ) -> None:
@@ -189,8 +214,6 @@ def test_a_request_to_stop_ends_the_group_with_a_checkpoint_and_no_step_lost(
 
 def train_on_slowly(job: Job) -> Ended:
     """As slowly as it takes to see a request: batches come when the journal has looked."""
-    import time
-
     from pipelines.ingest import read_inline
 
     def batches(phase: Any, step: int) -> Any:

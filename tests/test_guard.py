@@ -71,6 +71,14 @@ def test_a_lasting_spike_is_gone_back_for_and_a_short_one_is_not() -> None:
     assert (rollback.first_step, rollback.last_step) == (30, 33)
 
 
+def test_a_step_that_is_not_finite_within_a_spike_does_not_hide_where_it_began() -> None:
+    guard = Guard(Settings())
+    assert run(guard, [*calm(0, 30), 5.0, 5.0, math.nan, 5.0, 5.0])[1] == [34]
+    rollback = guard.rollback(34)
+    assert rollback is not None
+    assert (rollback.first_step, rollback.last_step) == (30, 34)
+
+
 def test_a_loss_that_falls_or_wobbles_is_no_spike() -> None:
     falling = [10.0 * 0.97**step for step in range(100)]
     assert run(Guard(Settings()), falling)[0] == [None] * 100
@@ -93,7 +101,7 @@ def test_the_spike_guard_can_be_switched_off() -> None:
     assert run(Guard(Settings(spike_z=None)), [*calm(0, 30), *[9.0] * 20])[1] == []
 
 
-@pytest.mark.parametrize("killed_at", range(0, 60, 3))
+@pytest.mark.parametrize("killed_at", range(63))
 def test_a_guard_rebuilt_from_the_log_decides_as_the_one_that_lived(killed_at: int) -> None:
     losses = [*calm(2, 25), 6.0, 6.0, *calm(3, 10), math.nan, math.nan, *calm(4, 20), *[6.0] * 4]
     whole = Guard(Settings())
@@ -103,18 +111,18 @@ def test_a_guard_rebuilt_from_the_log_decides_as_the_one_that_lived(killed_at: i
     first = Guard(Settings())
     run(first, losses[:killed_at])
     second = Guard(Settings())
-    log = [
-        (None if math.isnan(loss) else loss, mark)
-        for loss, mark in zip(losses[:killed_at], marks[:killed_at], strict=True)
-    ]
-    second.resume(log)
+    told = zip(losses[:killed_at], marks[:killed_at], strict=True)
+    second.resume(
+        (step, None if math.isnan(loss) else loss, mark) for step, (loss, mark) in enumerate(told)
+    )
     assert second.suspicious == first.suspicious
     rest = run(second, losses[killed_at:], first=killed_at)
     assert rest == (marks[killed_at:], wanted)
+    assert second.rollback(wanted[0]) == whole.rollback(wanted[0])
 
 
 def test_steps_passed_over_tell_nothing() -> None:
     guard = Guard(Settings())
-    guard.resume([(3.0, None), (None, PASSED_OVER), (None, PASSED_OVER), (None, PASSED_OVER)])
+    guard.resume([(0, 3.0, None), *((step, None, PASSED_OVER) for step in (1, 2, 3))])
     assert not guard.suspicious
     assert guard.rollback(3) is None

@@ -107,6 +107,7 @@ def test_checkpoints_are_listed_and_verified(
     import shutil
 
     run = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    (run / "checkpoints" / "notes.txt").write_text("not a checkpoint")
     assert main(["checkpoints", str(run), "--verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(c["step"], c["state"], c["checked"]) for c in found] == [

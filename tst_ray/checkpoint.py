@@ -39,7 +39,7 @@ from tst_ray.storage import Storage
 log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
-_STEP_FOLDER = re.compile(r"step-\d{8,}")
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _SCRATCH = "tst-ray-checkpoint-"
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -60,6 +60,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder; None for what is no such name."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def committed(root: Storage, damaged: bool = False) -> list[CheckpointInfo]:
     """The committed checkpoints under `root`, newest first; not verified.
 
@@ -68,11 +74,12 @@ def committed(root: Storage, damaged: bool = False) -> list[CheckpointInfo]:
     """
     found = []
     for name in root.names():
-        if not _STEP_FOLDER.fullmatch(name):
+        step = step_of(name)
+        if step is None:
             continue
         folder = root / name
         if folder.exists(MARKER) and (damaged or not folder.exists(DAMAGED)):
-            found.append(CheckpointInfo(int(name.removeprefix("step-")), folder, {}))
+            found.append(CheckpointInfo(step, folder, {}))
     return sorted(found, key=lambda info: -info.step)
 
 

@@ -114,7 +114,7 @@ class Coordinator:
                 return self._with_ray(run)
             except BaseException as error:
                 self._record_failure(run, error)
-                if isinstance(error, DataError):
+                if isinstance(error, (DataError, OSError)):  # the text's, or storage's
                     raise RunError(f"{run.url}: {error}") from error
                 raise
 
@@ -146,10 +146,11 @@ class Coordinator:
             self.say("starting Ray")
             with ray_session(self.config, self.plan):
                 check_capacity(self.config, self.plan, self.say)
-                with self._memory_of_the_cluster():
-                    outcome = self._drive(run, "ray")
-                ask_autoscaler(self.config, 0)
-                return outcome
+                try:
+                    with self._memory_of_the_cluster():
+                        return self._drive(run, "ray")
+                finally:
+                    ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
     @contextlib.contextmanager
     def _memory_of_the_cluster(self) -> Iterator[None]:

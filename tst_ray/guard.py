@@ -73,20 +73,25 @@ class Guard:
         self._window: deque[float] = deque(maxlen=settings.spike_window)
         self._bad = 0  # steps in a row that were not finite …
         self._high = 0  # … and that were spikes
-        self._first, self._why = 0, ""
+        self._bad_from = self._high_from = 0
+        self._why = ""
 
     @property
     def suspicious(self) -> bool:
         """Whether the last step was not finite, or a spike: no state to keep as a checkpoint."""
         return self._bad > 0 or self._high > 0
 
-    def resume(self, records: Iterable[tuple[float | None, str | None]]) -> None:
-        """Take up the steps before, in order: each one's loss, and the mark it was given."""
-        for loss, mark in records:
+    def resume(self, records: Iterable[tuple[int, float | None, str | None]]) -> None:
+        """Take up the steps before, in order.
+
+        Args:
+            records: of each, the steps finished before it, its loss, and the mark it was given.
+        """
+        for step, loss, mark in records:
             if mark == NOT_FINITE:
-                self._bad += 1
+                self._count_bad(step)
             elif mark == SPIKE:
-                self._bad, self._high = 0, self._high + 1
+                self._count_high(step)
             elif mark is None and loss is not None:
                 self._bad = self._high = 0
                 self._window.append(loss)
@@ -99,26 +104,32 @@ class Guard:
     def observe(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Take in the step after `step` finished ones; the mark it is given, None for none."""
         if not is_finite(loss, grad_norm):
-            self._first = step if self._bad == 0 else self._first
-            self._bad += 1
+            self._count_bad(step)
             self._why = f"loss {loss} and gradient norm {grad_norm}"
             return NOT_FINITE
-        self._bad = 0
         if self._is_spike(loss):
-            self._first = step if self._high == 0 else self._first
-            self._high += 1
+            self._count_high(step)
             self._why = f"loss {loss:.3f} after a median of {statistics.median(self._window):.3f}"
             return SPIKE
-        self._high = 0
+        self._bad = self._high = 0
         self._window.append(loss)
         return None
+
+    def _count_bad(self, step: int) -> None:
+        self._bad_from = step if self._bad == 0 else self._bad_from
+        self._bad += 1
+
+    def _count_high(self, step: int) -> None:
+        self._high_from = step if self._high == 0 else self._high_from
+        self._bad, self._high = 0, self._high + 1
 
     def rollback(self, step: int) -> Rollback | None:
         """What to go back for after the step after `step` finished ones; None to go on."""
         settings = self._settings
-        if self._bad >= settings.max_skipped or self._high >= settings.spike_steps:
-            num_steps = max(self._bad, self._high)
-            return Rollback(self._first, step, f"{self._why}, {num_steps} steps in a row")
+        if self._high >= settings.spike_steps:
+            return Rollback(self._high_from, step, f"{self._why}, {self._high} such steps")
+        if self._bad >= settings.max_skipped:
+            return Rollback(self._bad_from, step, f"{self._why}, {self._bad} steps in a row")
         return None
 
     def _is_spike(self, loss: float) -> bool:

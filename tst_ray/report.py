@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, verify
+from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, step_of, verify
 from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared
@@ -314,8 +314,9 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
     root = run / "checkpoints"
     found: list[dict[str, Any]] = []
     for name in reversed(root.names()):
-        folder = root / name
-        step = int(name.removeprefix("step-"))
+        folder, step = root / name, step_of(name)
+        if step is None:
+            continue
         facts: dict[str, Any] = {"step": step, "state": "uncommitted", "checked": None}
         if folder.exists(MARKER):
             info = CheckpointInfo(step, folder, {})

@@ -241,9 +241,8 @@ class Stage:
         self.say(f"step {now.get('step', 0):,}: {what}; going on from the newest checkpoint")
 
     def _resume_line(self, step: int) -> str:
-        return (
-            f"{self.run.url}: stopped, with a checkpoint of step {step:,}; the same command resumes"
-        )
+        at = f"with a checkpoint of step {step:,}" if step else "before the first checkpoint"
+        return f"{self.run.url}: stopped, {at}; the same command resumes"
 
     def _on_interrupt(self) -> None:
         """The first signal. A group is asked by the supervisor; this process itself, here."""

@@ -386,7 +386,7 @@ class Trainer:
         history, rollbacks = self.ranks.gather(
             (
                 [
-                    (record["loss"], record.get("mark"))
+                    (record["step"] - 1, record["loss"], record.get("mark"))
                     for record in self.journal.recent(wanted)
                     if record["step"] > first_step
                 ],

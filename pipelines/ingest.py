@@ -1,6 +1,6 @@
 """Ingest: token shards → each worker's batches, from any step, for any number of workers.
 
-    order.spans(step)          which tokens                              (order.py)
+    order.spans(steps)         which tokens                              (order.py)
     read task (chunk, rank)    gathers that rank's rows of a few steps   Feed.rows
     BaggingPreprocessor        folds them into bags                      (bagging.py)
     streaming_split            block b goes to rank b mod world_size
@@ -35,6 +35,7 @@ _MAX_CHUNK_STEPS = 128
 # Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
+_PLANNED_STEPS = 32
 _ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
 FILLER = -1  # the slot of a row that only evens out the ranks
 
@@ -103,34 +104,36 @@ class Feed:
             [n, data_length + lookahead]; n = steps · rows_per_rank. A filler row has slot −1.
         """
         cut, height = self.order.cuts[self.phase], self.rows_per_rank(world_size)
-        num_rows = (last_step - first_step) * height
-        columns: Columns = {name: np.zeros(num_rows, np.int64) for name in _ID_COLUMNS}
+        num_steps = last_step - first_step
+        columns: Columns = {name: np.zeros(num_steps * height, np.int64) for name in _ID_COLUMNS}
+        columns["step"][:] = np.repeat(np.arange(first_step, last_step), height)
         columns["slot"][:] = FILLER
-        manifest = load_manifest(self)
         length = cut.data_length + cut.lookahead
-        columns["tokens"] = np.zeros((num_rows, length), np.dtype(manifest.dtype))
+        columns["tokens"] = np.zeros(
+            (num_steps * height, length), np.dtype(load_manifest(self).dtype)
+        )
         slots = rank_slots(cut.num_sequences, world_size, rank)
-        for step in range(first_step, last_step):
-            base = (step - first_step) * height
-            mine = self.order.spans(step).select(slots)
-            rows = slice(base, base + len(mine))
-            columns["step"][base : base + height] = step
-            columns["slot"][rows] = np.arange(slots.start, slots.stop)
-            columns["source"][rows], columns["epoch"][rows] = mine.source, mine.epoch
-            columns["offset"][rows] = mine.offset
-            self._gather(mine, length, columns["tokens"][rows])
+        slot = np.arange(slots.start, slots.stop)
+        steps = np.arange(num_steps)[:, np.newaxis]
+        mine = self.order.spans(first_step, last_step).select(
+            (steps * cut.num_sequences + slot).ravel()
+        )
+        rows = (steps * height + np.arange(len(slot))).ravel()  # fillers come last
+        columns["slot"][rows] = np.tile(slot, num_steps)
+        columns["source"][rows], columns["epoch"][rows] = mine.source, mine.epoch
+        columns["offset"][rows] = mine.offset
+        self._gather(mine, rows, columns["tokens"])
         return columns
 
-    def _gather(self, spans: Spans, length: int, out: np.ndarray[Any, Any]) -> None:
-        """Fill out[i] with the `length` stream tokens from the start of span i."""
-        for row, (source, epoch, offset) in enumerate(
-            zip(spans.source.tolist(), spans.epoch.tolist(), spans.offset.tolist(), strict=True)
-        ):
-            reader = _reader(self.folder, self.manifest, self.fingerprint, source)
-            at = 0
-            for start, stop in self.order.linear(source, epoch, offset, length):
-                out[row, at : at + stop - start] = reader.read(start, stop)
-                at += stop - start
+    def _gather(self, spans: Spans, rows: Any, out: np.ndarray[Any, Any]) -> None:
+        """Fill out[rows[i]] with the stream tokens from the start of span i."""
+        pieces = self.order.linear(spans, out.shape[1])
+        sources, filled = spans.source.tolist(), dict.fromkeys(range(len(spans)), 0)
+        for span, start, stop in zip(*(array.tolist() for array in pieces), strict=True):
+            reader = _reader(self.folder, self.manifest, self.fingerprint, sources[span])
+            at = filled[span]
+            out[rows[span], at : at + stop - start] = reader.read(start, stop)
+            filled[span] = at + stop - start
 
 
 class BatchMismatch(DataError):
@@ -147,7 +150,7 @@ def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: in
         BatchMismatch: with the id that came and the id the plan says.
     """
     slots = rank_slots(feed.order.cuts[feed.phase].num_sequences, world_size, rank)
-    spans = feed.order.spans(step).select(slots)
+    spans = _planned(feed, step).select(slots)
     height, real = feed.rows_per_rank(world_size), len(spans)
     want = np.zeros((height, len(_ID_COLUMNS)), np.int64)
     want[:, 0], want[:, 1] = step, FILLER
@@ -160,6 +163,20 @@ def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: in
             f"plan says {_describe(want)}; nothing was trained on it"
         )
     return spans
+
+
+def _planned(feed: Feed, step: int) -> Spans:
+    """A global batch of the plan; worked out for many steps at a time, which costs as much."""
+    cut = feed.order.cuts[feed.phase]
+    first = step - (step - cut.first_step) % _PLANNED_STEPS
+    spans = _planned_ahead(feed.order, first, min(first + _PLANNED_STEPS, feed.last_step))
+    begin = (step - first) * cut.num_sequences
+    return spans.select(slice(begin, begin + cut.num_sequences))
+
+
+@lru_cache(maxsize=2)
+def _planned_ahead(order: Order, first: int, last: int) -> Spans:
+    return order.spans(first, last)
 
 
 def _describe(ids: np.ndarray[Any, Any]) -> str:

@@ -68,8 +68,8 @@ class Spans:
     def __len__(self) -> int:
         return len(self.source)
 
-    def select(self, slots: slice) -> Spans:
-        """The sequences in those slots of the batch."""
+    def select(self, slots: slice | Int64) -> Spans:
+        """Some of the sequences, by their place."""
         return Spans(self.source[slots], self.epoch[slots], self.offset[slots], self.length)
 
 
@@ -121,12 +121,19 @@ class Order:
                         "bag after it); add text or shorten train.sequence_length"
                     )
 
-    def spans(self, step: int) -> Spans:
-        """The global batch of the step after `step` finished ones (0 is the first)."""
-        phase = self._phase_at(step)
+    def spans(self, first: int, last: int | None = None) -> Spans:
+        """The global batches of steps [first, last) of one phase, one after the other.
+
+        Args:
+            first: finished steps before the first of them (0 is the run's first step).
+            last: one step by default.
+        """
+        phase = self._phase_at(first)
         cut = self.cuts[phase]
-        first = (step - cut.first_step) * cut.num_sequences
-        ordinals = np.arange(first, first + cut.num_sequences, dtype=np.int64)
+        begin, end = first - cut.first_step, (first + 1 if last is None else last) - cut.first_step
+        if not begin < end <= cut.steps:
+            raise IndexError(f"steps {first} to {last} are not within one phase")
+        ordinals = np.arange(begin * cut.num_sequences, end * cut.num_sequences, dtype=np.int64)
         source, cell = self._draw(ordinals)
         epoch, offset = np.empty_like(cell), np.empty_like(cell)
         for number in np.unique(source):
@@ -134,22 +141,27 @@ class Order:
             epoch[mine], offset[mine] = self._cells(phase, int(number), cell[mine])
         return Spans(source, epoch, offset, cut.data_length)
 
-    def linear(self, source: int, epoch: int, offset: int, length: int) -> list[tuple[int, int]]:
-        """The linear [start, stop) pieces of a source behind a stretch of an epoch's stream."""
-        num_blocks = self.sources[source].num_tokens // self.block_tokens
-        first, last = offset // self.block_tokens, (offset + length - 1) // self.block_tokens
-        blocks = np.arange(first, last + 1, dtype=np.int64)
+    def linear(self, spans: Spans, length: int) -> tuple[Int64, Int64, Int64]:
+        """Where the `length` stream tokens from the start of each span lie in their sources.
+
+        Returns:
+            pieces, in stream order: of which span, and the linear [start, stop) in its source.
+        """
+        unit = self.block_tokens
+        blocks_of = np.array([source.num_tokens // unit for source in self.sources], np.int64)
+        first, last = spans.offset // unit, (spans.offset + length - 1) // unit
+        counts = last - first + 1
+        span = np.repeat(np.arange(len(spans)), counts)
+        block = first[span] + np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
         # The last, partial block keeps its place at the end of every epoch.
-        inside = blocks < num_blocks
-        key = combine(_BLOCKS, self.seed, source, epoch)
-        placed = blocks.copy()
-        placed[inside] = permute(blocks[inside], max(num_blocks, 1), key)
-        pieces = []
-        for block, home in zip(blocks.tolist(), placed.tolist(), strict=True):
-            start = max(offset - block * self.block_tokens, 0)
-            stop = min(offset + length - block * self.block_tokens, self.block_tokens)
-            pieces.append((home * self.block_tokens + start, home * self.block_tokens + stop))
-        return pieces
+        num_blocks = blocks_of[spans.source[span]]
+        inside = block < num_blocks
+        key = combine(_BLOCKS, self.seed, spans.source, spans.epoch)[span]
+        home = block.copy()
+        home[inside] = permute(block[inside], num_blocks[inside], key[inside])
+        start = np.maximum(spans.offset[span] - block * unit, 0)
+        stop = np.minimum(spans.offset[span] + length - block * unit, unit)
+        return span, home * unit + start, home * unit + stop
 
     def epochs_after(self, phase: int) -> tuple[float, ...]:
         """Passes over each source once phases 0 … `phase` are done."""

@@ -20,10 +20,11 @@ from tests.test_worker import final_weights, same
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.checkpoint import committed
 from tst_ray.errors import RunError
+from tst_ray.job import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place
 from tst_ray.journal import read_passed_over, read_state, request_stop
 from tst_ray.storage import Storage
 from tst_ray.timeouts import STOP_POLL_S
-from tst_ray.worker import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place, train
+from tst_ray.worker import train
 
 STEPS = 40
 CALM = {"train__steps": STEPS, "tst__ratio": 0.25, "metrics__val_every": 100,

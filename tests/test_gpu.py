@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray.job import Place
 from tst_ray.superposition import (
     bag_weights,
     embed_bags,
     linear_multi_hot_cross_entropy,
     multi_hot_cross_entropy,
 )
-from tst_ray.worker import Place
 
 pytestmark = [
     pytest.mark.gpu,

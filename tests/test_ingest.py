@@ -42,13 +42,12 @@ def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
 def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
     """The step's sequences straight from the sources, without shards."""
     cut, spans = feed.order.cuts[feed.phase], feed.order.spans(step)
-    rows = []
-    for source, epoch, offset in zip(spans.source, spans.epoch, spans.offset, strict=True):
-        text = position_tokens(int(source), feed.order.sources[source].num_tokens)
-        pieces = feed.order.linear(
-            int(source), int(epoch), int(offset), cut.data_length + cut.lookahead
-        )
-        rows.append(np.concatenate([text[start:stop] for start, stop in pieces]).tolist())
+    rows: list[list[int]] = [[] for _ in range(len(spans))]
+    pieces = feed.order.linear(spans, cut.data_length + cut.lookahead)
+    for span, start, stop in zip(*pieces, strict=True):
+        source = int(spans.source[span])
+        text = position_tokens(source, feed.order.sources[source].num_tokens)
+        rows[span] += text[start:stop].tolist()
     return rows
 
 

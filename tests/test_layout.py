@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIST = """
     errors settings checks config timeouts goodput plan storage corpus superposition architecture
-    model optim checkpoint guard metrics watchdog journal batches speed worker elastic session
-    runstore memory spares group stage display export coordinator report bench cli run
+    model optim checkpoint guard metrics watchdog journal job batches speed worker elastic
+    forkserver session runstore memory group stage display export coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted([*(ROOT / "tst_ray").glob("*.py"), *(ROOT / "pipelines").glob("*.py")])

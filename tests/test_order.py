@@ -47,10 +47,21 @@ def make_order(
 def tokens_of(order: Order, step: int) -> list[tuple[int, int, int]]:
     """Every (source, epoch, linear position) trained on in a step."""
     spans, out = order.spans(step), []
-    for source, epoch, offset in zip(spans.source, spans.epoch, spans.offset, strict=True):
-        for start, stop in order.linear(int(source), int(epoch), int(offset), spans.length):
-            out += [(int(source), int(epoch), position) for position in range(start, stop)]
+    for span, start, stop in zip(*order.linear(spans, spans.length), strict=True):
+        source, epoch = int(spans.source[span]), int(spans.epoch[span])
+        out += [(source, epoch, position) for position in range(start, stop)]
     return out
+
+
+def test_many_steps_at_once_are_the_steps_one_after_the_other() -> None:
+    order = make_order((9, 5, 64, 4), (7, 5, 64, 1))
+    at_once = order.spans(1, 8)
+    for step in range(1, 8):
+        alone, rows = order.spans(step), slice((step - 1) * 5, step * 5)
+        assert at_once.select(rows).offset.tolist() == alone.offset.tolist()
+        assert at_once.select(rows).epoch.tolist() == alone.epoch.tolist()
+    with pytest.raises(IndexError):
+        order.spans(8, 10)  # of two phases
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -232,7 +243,7 @@ def test_ten_trillion_tokens_cost_what_ten_thousand_do() -> None:
     order.spans(0)
     start = time.perf_counter()
     spans = order.spans(70_000)
-    order.linear(0, int(spans.epoch[0]), int(spans.offset[0]), spans.length)
+    order.linear(spans, spans.length)
     assert time.perf_counter() - start < 0.5
     assert len(set(spans.offset.tolist())) == 2048
 

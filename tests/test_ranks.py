@@ -19,8 +19,8 @@ from pipelines.manifest import Manifest
 from tests.faults import Faults
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.checkpoint import Checkpointer
+from tst_ray.job import Place
 from tst_ray.storage import Storage
-from tst_ray.worker import Place
 
 # The world size that trains up to steps 3, 6 and 8; each goes on from the one before's checkpoint.
 STORIES = {"1-1-1": (1, 1, 1), "2-2-2": (2, 2, 2), "1-3-2": (1, 3, 2), "3-1-2": (3, 1, 2)}

@@ -12,10 +12,10 @@ from pipelines.manifest import Manifest
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
+from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
-from tst_ray.worker import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 
 
 @pytest.fixture(scope="module")

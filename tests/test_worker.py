@@ -19,10 +19,11 @@ from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import Ranks, committed, folder_name, load_full
 from tst_ray.errors import RunError
+from tst_ray.job import Place
 from tst_ray.journal import Journal, Writer
 from tst_ray.model import build_model, hf_config
 from tst_ray.storage import Storage
-from tst_ray.worker import Place, Trainer, seed_step, train
+from tst_ray.worker import Trainer, seed_step, train
 
 NUM_STEPS = 8
 

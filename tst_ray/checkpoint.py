@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from tst_ray.errors import RunError
 from tst_ray.storage import Storage
 
@@ -141,6 +139,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
+        import torch.distributed as dist
+
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
@@ -150,6 +150,8 @@ class Ranks:
         """Every rank's value, in their order; collective."""
         if self.group is None:
             return [value]
+        import torch.distributed as dist
+
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,12 +32,13 @@ from tst_ray.corpus import build_feeds, build_order, prepare_corpus
 from tst_ray.errors import ConfigError, Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import one_line
+from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import add_event, one_line_a_step, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ask_autoscaler, check_capacity, ray_session
-from tst_ray.stage import charge, newest_step
+from tst_ray.stage import Stage, charge, newest_step
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
@@ -144,6 +147,8 @@ class Coordinator:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
         with self.terminal.quiet(self.log_path):
             self.say("starting Ray")
+            # For the worker groups' sake, and it takes as long as Ray takes to start.
+            threading.Thread(target=importlib.import_module, args=("torch",)).start()
             with ray_session(self.config, self.plan):
                 check_capacity(self.config, self.plan, self.say)
                 try:
@@ -169,7 +174,7 @@ class Coordinator:
 
     def _drive(self, run: Storage, backend: str) -> Outcome:
         manifest = self._corpus_of(run, backend)
-        self._check_model(manifest)
+        _call(backend, check_model, self.config, self.plan, manifest)
         self._enter(State.PLAN)
         self._charge(run, "restart" if newest_step(run) else "startup")
         order = build_order(self.config, self.plan, manifest)
@@ -223,8 +228,6 @@ class Coordinator:
     ) -> None:
         """Train what is left of a stage, from the newest committed checkpoint."""
         from tst_ray.display import watch
-        from tst_ray.stage import Stage
-        from tst_ray.worker import Job
 
         step, last_step = newest_step(run), phases[-1].last_step
         if step >= last_step:
@@ -239,16 +242,6 @@ class Coordinator:
         stage = Stage(run, self.config, self.plan, phases, job, self.say, self.vaults)
         with watch(run, self.plan, self.terminal):
             stage.train()
-
-    def _check_model(self, manifest: Manifest) -> None:
-        """Refuse, before workers start, a model that cannot be trained or does not fit the text."""
-        from tst_ray.architecture import check_supported, hf_config
-
-        model = hf_config(
-            self.config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
-        )
-        longest = max(phase.latent_length for phase in self.plan.phases)
-        check_supported(model, latent_length=longest)
 
     def _announce(self, stage: tuple[Phase, ...], step: int) -> None:
         names = " and ".join(f"phase {phase.index + 1}" for phase in stage)
@@ -278,6 +271,21 @@ class Coordinator:
 
     def _enter(self, state: State) -> None:
         self.state = state
+
+
+def check_model(config: Config, plan: Plan, manifest: Manifest) -> None:
+    """Refuse, before workers start, a model that cannot be trained or does not fit the text.
+
+    It needs torch and transformers, which this process can do without.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    from tst_ray.architecture import check_supported, hf_config
+
+    model = hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token)
+    longest = max(phase.latent_length for phase in plan.phases)
+    check_supported(model, latent_length=longest)
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

@@ -12,7 +12,6 @@ Who decides what comes next is stage.py.
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,19 +24,12 @@ from pipelines.ingest import Feed
 from pipelines.storage import locate
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
+from tst_ray.job import Job, Place
 from tst_ray.journal import read_state
 from tst_ray.plan import Phase
 from tst_ray.session import worker_resources
 from tst_ray.storage import Storage
-from tst_ray.timeouts import COLLECTIVE_S, GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
-
-_RAY_TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_S,
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": WORKER_ANSWER_S,
-    # The driver looks for notices of preemption itself (stage.py); this saves a process a group.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
-}
+from tst_ray.timeouts import COLLECTIVE_S
 
 
 class GroupFailed(Exception):
@@ -61,7 +53,7 @@ class Group:
         world_size: how many workers.
     """
 
-    def __init__(self, run: Storage, job: Any, world_size: int) -> None:
+    def __init__(self, run: Storage, job: Job, world_size: int) -> None:
         self._run, self._job, self._world_size = run, job, world_size
         self._result: Any = None
         self._error: BaseException | None = None
@@ -127,7 +119,7 @@ def _told(failures: dict[int, BaseException]) -> str:
     return f"rank {ranks}: {one_line(next(iter(failures.values())))}" if failures else ""
 
 
-def _fit(run: Storage, job: Any, world_size: int) -> Any:
+def _fit(run: Storage, job: Job, world_size: int) -> Any:
     """Run `train_worker` on every worker of a new group, to its end.
 
     See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
@@ -135,8 +127,6 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    for name, value in _RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, str(value))
     config: Config = job.config
     gpus = config.cluster.gpus_per_worker
 
@@ -165,7 +155,6 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
             # Ray Train would take a known name for a run of its own to restore.
             name=f"group-{uuid.uuid4().hex[:8]}",
             **_ray_storage(run),
-            worker_runtime_env=_environment(config),
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -175,14 +164,6 @@ def _fit(run: Storage, job: Any, world_size: int) -> Any:
         dataset_config=_phase_data(run.url),
     )
     return trainer.fit().return_value
-
-
-def _environment(config: Config) -> dict[str, Any]:
-    from tst_ray.spares import worker_environment
-
-    if not config.cluster.spares:
-        return {}
-    return worker_environment(str(config.model.config.get("model_type", "")))
 
 
 def _ray_storage(run: Storage) -> dict[str, Any]:
@@ -200,8 +181,7 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
     import ray.train.torch
 
     import tst_ray.memory  # noqa: F401  its addresses are known from then on
-    from tst_ray.spares import order_spares
-    from tst_ray.worker import Job, Place, train
+    from tst_ray.worker import train
 
     job: Job = loop_config["job"]
     context = ray.train.get_context()
@@ -214,31 +194,18 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
         # it early computes the same to the last bit.
         threads=max(int(job.config.cluster.cpus_per_worker), 1),
     )
-    ordered = False
 
     def open_batches(phase: Phase, step: int) -> Iterator[Any]:
-        nonlocal ordered
         feed = job.feeds[phase.index]
         rows = feed.rows_per_rank(place.world_size)
         for first, last in feed.parts(phase.max_workers):
             if step < last:
                 shard = ray.train.get_dataset_shard(_dataset_name(feed, first))
-                for batch in shard.iter_batches(
+                yield from shard.iter_batches(
                     batch_size=rows, batch_format="numpy", prefetch_batches=4
-                ):
-                    yield batch
-                    if not ordered:  # now that this group trains
-                        order_spares(_controller_environment() if place.rank == 0 else None)
-                        ordered = True
+                )
 
     return train(job, place, open_batches)
-
-
-def _controller_environment() -> dict[str, str]:
-    """The environment variables that Ray Train gives a controller, and it to its workers."""
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
-
-    return dict(get_env_vars_to_propagate())
 
 
 @dataclass(frozen=True)
@@ -254,7 +221,7 @@ def _dataset_name(feed: Feed, first: int) -> str:
     return f"phase-{feed.phase}-from-{first}"
 
 
-def _datasets(job: Any) -> dict[str, Callable[[], Any]]:
+def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
     """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
     parts = [
         _Part(feed, first, last)

@@ -14,13 +14,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tst_ray import forkserver
 from tst_ray.config import Config
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
+from tst_ray.timeouts import GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
+
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_S,
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": WORKER_ANSWER_S,
+    # The driver looks for notices of preemption itself (stage.py); this saves a process a group.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
+    # Ray Train's own choice, made here so that all processes of a run have one environment.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -70,19 +82,41 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
         check_local(config, plan)
     # Usage statistics would leave the user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, str(value))
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if config.cluster.fork_server:
+            variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
+            kind = str(config.model.config.get("model_type", ""))
+            if is_local:
+                variables |= stack.enter_context(forkserver.server_ahead(kind))
+            submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+            options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
+        if is_local:
+            options.update(_local_options(config, plan))
+        else:
+            _check_address(os.environ["RAY_ADDRESS"])
+        yield stack.enter_context(_connected(is_local, options))
+
+
+def _local_options(config: Config, plan: Plan) -> dict[str, Any]:
+    """What `ray.init` is told to start a Ray on this machine."""
+    most = max(phase.max_workers for phase in plan.phases)
+    return {
+        "address": "local",  # a cluster that runs here by chance is somebody else's
+        "num_cpus": max(os.cpu_count() or 1, int(-(-cpus_needed(config, most) // 1))),
+        "include_dashboard": False,
+        "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
+        # The processes that Ray starts unasked have not this run's environment.
+        "_system_config": {"prestart_worker_first_driver": not config.cluster.fork_server},
+    }
+
+
+@contextlib.contextmanager
+def _connected(is_local: bool, options: dict[str, Any]) -> Iterator[Session]:
     import ray
 
-    options: dict[str, Any] = {"ignore_reinit_error": False, "configure_logging": True}
-    if is_local:
-        most = max(phase.max_workers for phase in plan.phases)
-        options.update(
-            address="local",  # a cluster that runs here by chance is somebody else's
-            num_cpus=max(os.cpu_count() or 1, int(-(-cpus_needed(config, most) // 1))),
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        )
-    else:
-        _check_address(os.environ["RAY_ADDRESS"])
     try:
         context = ray.init(**options)
     except ConnectionError as error:

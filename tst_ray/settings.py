@@ -318,8 +318,8 @@ class ClusterConfig(_Section):
     """CPUs kept free of workers, for reading data"""
     wait_s: Amount = 0.0
     """seconds to wait, at the start, for the cluster to reach the smallest allowed size"""
-    spares: bool = True
-    """whether each worker keeps a spare process ready on its node, for fast restarts"""
+    fork_server: bool = True
+    """whether Ray's processes start fast: forked from one on each node that has its imports done"""
     growth_gain: Amount = 2.0
     """more workers are taken in when that saves so many times what it costs; 0: always"""
     settle_s: Amount = 60.0

@@ -32,20 +32,12 @@ from tst_ray.elastic import Growth, growth_pays
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
+from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import METRICS, add_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.session import ask_autoscaler, draining_nodes, room_for
 from tst_ray.storage import Storage
-from tst_ray.worker import (
-    DONE,
-    FAILED_SAVES,
-    GROW,
-    INTERRUPT,
-    PREEMPTION,
-    Ended,
-    Job,
-)
 
 Say = Callable[[str], None]
 
@@ -179,7 +171,7 @@ class Stage:
     def _inline(self) -> Ended:
         """Train in this process: one worker, no Ray."""
         from pipelines.ingest import read_inline
-        from tst_ray.worker import Place, train
+        from tst_ray.worker import train
 
         device = "cuda" if self.config.cluster.gpus_per_worker else "cpu"
         feeds = self.job.feeds

@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pipelines.ingest import BatchMismatch, Columns, Feed, check_batch, load_manifest
+from pipelines.ingest import BatchMismatch, Columns, check_batch, load_manifest
 from pipelines.order import digest, named_spans, span_hashes
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
@@ -36,13 +35,13 @@ from tst_ray.checkpoint import (
     find_good,
     forget_after,
 )
-from tst_ray.config import Config
 from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
+from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
-from tst_ray.plan import Phase, Plan
+from tst_ray.plan import Phase
 from tst_ray.speed import Speed
 from tst_ray.storage import Storage
 from tst_ray.timeouts import Bounds
@@ -50,56 +49,7 @@ from tst_ray.watchdog import Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
 
-DONE, ROLLBACK, FAILED_SAVES = "done", "rollback", "failed_saves"
-GROW, PREEMPTION, INTERRUPT = "grow", "preemption", "interrupt"
-STOPS = (GROW, PREEMPTION, INTERRUPT, FAILED_SAVES)
-"""Why rank 0 may end a group between two steps; in all but the last after a checkpoint."""
-
 _MEMORY_KEEP = 2
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker of a stage is told; picklable.
-
-    Args:
-        config, plan: the run's.
-        feeds: one a phase of the plan.
-        run_url: the run directory.
-        last_step: where this stage ends.
-        memory_url: where checkpoints in memory are kept; None for none.
-    """
-
-    config: Config
-    plan: Plan
-    feeds: tuple[Feed, ...]
-    run_url: str
-    last_step: int
-    memory_url: str | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """This worker's place in its group.
-
-    Args:
-        node: a name for the machine it is on.
-        threads: torch's CPU threads unless `train.threads` says; None leaves them to torch.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-    node: str = ""
-    threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a group ended: after how many finished steps, and why (`DONE`, or one of the others)."""
-
-    step: int
-    reason: str
 
 
 def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
@@ -492,4 +442,7 @@ def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make random numbers (dropout) a function of the step, so that no generator state is saved."""
-    torch.manual_seed(int(combine(seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+    value = int(combine(seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+    torch.default_generator.manual_seed(value)  # torch.manual_seed takes half a millisecond
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)

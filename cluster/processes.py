@@ -56,8 +56,8 @@ def signal_ray_worker(pid: int, signum: int, raylet_pid: int | None = None) -> N
     Raises:
         ProcessLookupError: no worker of that raylet has this process id (any more).
     """
-    ours = str(raylet_pid or os.environ["RAY_RAYLET_PID"])
-    if not is_running(pid) or _environment(pid).get("RAY_RAYLET_PID") != ours:
+    ours = raylet_pid or int(os.environ["RAY_RAYLET_PID"])
+    if not is_running(pid) or not _is_worker_of(pid, ours):
         raise ProcessLookupError(f"process {pid} is no worker of raylet {ours} (any more)")
     os.kill(pid, signum)
 
@@ -85,6 +85,20 @@ def end_this_node(at: float) -> Iterator[str]:
     yield os.uname().nodename
     time.sleep(max(at - time.time(), 0.0))
     end_tree(int(os.environ["RAY_RAYLET_PID"]))
+
+
+def _is_worker_of(pid: int, raylet: int) -> bool:
+    named = _environment(pid).get("RAY_RAYLET_PID")
+    if named is not None:
+        return named == str(raylet)
+    # Forked by a server of a driver that started the raylet too.
+    return 1 < _parent(_parent(pid)) == _parent(raylet)
+
+
+def _parent(pid: int) -> int:
+    """The process that started another; 0 where that is gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
 
 
 def _all_pids() -> list[int]:

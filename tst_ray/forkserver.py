@@ -9,8 +9,8 @@
 A process of Ray spends its first seconds on imports, and with a worker group come ten of them: what
 controls it, hands out data, reads and trains. Ray starts whatever the `py_executable` of the
 runtime environment names; here that is the client. The first one on a node becomes the server. The
-driver of a local Ray starts it itself, ahead of Ray. Either way it ends with its parent. Python's
-own `multiprocessing.forkserver` is the same idea, for Python's children.
+driver of a local Ray starts it itself, ahead of Ray. It ends with its parent, or a minute after its
+last child. Python's own `multiprocessing.forkserver` is the same idea, for Python's children.
 
 Where anything goes wrong the client becomes an ordinary worker process, so nothing depends on this.
 A server that cannot be forked safely (it has other threads of Python, or has opened a GPU, which no
@@ -26,6 +26,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ _SERVE = "--serve"
 _LENGTH = 8
 _BACKLOG = 128
 _LOOK_S = 1.0
+_IDLE_S = 60.0
 
 
 def job_environment(
@@ -141,7 +143,8 @@ def _address(arguments: list[str]) -> str:
     import hashlib
 
     raylet = next(a.partition("=")[2] for a in arguments if a.startswith("--raylet-name="))
-    environment = json.dumps([sys.executable, sorted(os.environ.items())])
+    settings = sorted((k, v) for k, v in os.environ.items() if k != "RAY_JOB_ID")
+    environment = json.dumps([sys.executable, settings])
     return f"{raylet}.{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
 
 
@@ -194,8 +197,10 @@ def serve(address: str) -> list[str]:
     kind = os.environ.get(_MODEL_TYPE)
     _import([*_AT_ONCE, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    served = 0
-    while os.getppid() == parent:
+    served, needed = 0, time.monotonic()
+    while os.getppid() == parent and time.monotonic() - needed < _IDLE_S:
+        if _has_children():
+            needed = time.monotonic()
         try:
             connection, _ = listener.accept()
         except TimeoutError:
@@ -213,11 +218,19 @@ def serve(address: str) -> list[str]:
             if os.fork() == 0:
                 listener.close()
                 return _become(request, streams)
-            served += 1
+            served, needed = served + 1, time.monotonic()
             for stream in streams:
                 os.close(stream)
             connection.send(b"1")
     sys.exit()
+
+
+def _has_children() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _listen(address: str) -> socket.socket:

@@ -32,7 +32,7 @@ from typing import Any
 
 _MODEL_TYPE = "TST_RAY_MODEL_TYPE"
 # What knows nothing of Ray is imported at once; the rest with the environment of the first client,
-# since Ray takes settings (its raylet's process id is one) from the environment as it is imported.
+# since Ray takes its raylet and its job from the environment as it is imported.
 _AT_ONCE = (
     "numpy",
     "pandas",
@@ -143,8 +143,7 @@ def _address(arguments: list[str]) -> str:
     import hashlib
 
     raylet = next(a.partition("=")[2] for a in arguments if a.startswith("--raylet-name="))
-    settings = sorted((k, v) for k, v in os.environ.items() if k != "RAY_JOB_ID")
-    environment = json.dumps([sys.executable, settings])
+    environment = json.dumps([sys.executable, sorted(os.environ.items())])
     return f"{raylet}.{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
 
 

@@ -89,7 +89,7 @@ def _start_demo(folder: str) -> subprocess.Popen[bytes]:
 def _kill_and_follow(run: Storage, driver: subprocess.Popen[bytes]) -> dict[str, float]:
     attempt = int(read_state(run).get("attempt", 0)) or 1
     first = _first_step(run, attempt, driver)
-    # Long enough for checkpoints, and for the spare processes to be there.
+    # Long enough for checkpoints.
     _wait(driver, lambda: _last(run)["step"] > first["step"] + _STEPS_BETWEEN, "some steps")
     victim = max(_train_workers(driver.pid))
     killed = time.time()

@@ -124,13 +124,14 @@ def test_a_server_with_threads_does_not_serve() -> None:
 def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) -> None:
     code = (
         "import sys; from tst_ray import forkserver as f; f._AT_ONCE = (); f._IDLE_S = {}; "
-        "f.serve(sys.argv[1])"
+        "f.serve(f._listen(sys.argv[1]), int(sys.argv[2]))"
     )
     for idle_s, parent in ((0.1, "sys.stdin.read()"), (1e9, "")):
         server = [sys.executable, "-c", code.format(idle_s), str(tmp_path / "socket")]
         starts = (
-            f"import subprocess, sys; p = subprocess.Popen({server!r}, stdin=subprocess.DEVNULL, "
-            f"stdout=subprocess.DEVNULL); print(p.pid, flush=True); {parent}"
+            f"import os, subprocess, sys; p = subprocess.Popen({server!r} + [str(os.getpid())], "
+            f"stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL); print(p.pid, flush=True); "
+            f"{parent}"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", starts], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -101,12 +101,14 @@ def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
 
     with tempfile.TemporaryDirectory(prefix="tst-ray-") as folder:
         address = os.path.join(folder, "fork-server")
-        server = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), _SERVE, address],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, _MODEL_TYPE: model_type},
-            start_new_session=True,  # Ctrl-C is for the driver
-        )
+        with _listen(address) as listener:
+            server = subprocess.Popen(
+                _server(listener, parent=os.getpid()),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, _MODEL_TYPE: model_type},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C is for the driver
+            )
         try:
             yield {_ADDRESS: address}
         finally:
@@ -167,30 +169,43 @@ def _connect(address: str) -> socket.socket:
 
 
 def _start_server(address: str) -> None:
-    """Start a server; returns, in a child of it, once it listens, though it still imports then.
+    """Start a server; returns in a child of it, that can connect while the server still imports.
 
     The process that the raylet started becomes the server, so that all workers descend from it.
     """
-    listening, told = os.pipe()
+    listener = _listen(address)
     if os.fork() > 0:
-        os.dup2(told, 1)
-        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), _SERVE, address])
-    os.close(told)
-    os.read(listening, 1)
-    os.close(listening)
+        listener.set_inheritable(True)
+        os.execv(sys.executable, _server(listener, parent=os.getppid()))
+    listener.close()
+
+
+def _listen(address: str) -> socket.socket:
+    if os.path.exists(address):
+        os.unlink(address)  # that of a server which was killed
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o077)  # for this user alone
+    listener.bind(address)
+    os.umask(before)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _server(listener: socket.socket, parent: int) -> list[str]:
+    file = os.path.abspath(__file__)
+    return [sys.executable, file, _SERVE, str(listener.fileno()), str(parent)]
 
 
 # -- the server -----------------------------------------------------------------------------------
 
 
-def serve(address: str) -> list[str]:
-    """Import, then fork a child for each client until the parent is gone.
+def serve(listener: socket.socket, parent: int) -> list[str]:
+    """Import, then fork a child for each client until the parent is gone, or none is left.
 
     Returns:
         in each child, and nowhere else: what it is to run.
     """
-    parent = os.getppid()
-    listener = _listen(address)
+    listener.settimeout(_LOOK_S)
     # Looking for GPUs must not open them: a child could then not use them.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     kind = os.environ.get(_MODEL_TYPE)
@@ -230,20 +245,6 @@ def _has_children() -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def _listen(address: str) -> socket.socket:
-    if os.path.exists(address):
-        os.unlink(address)  # that of a server which was killed
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o077)  # for this user alone
-    listener.bind(address)
-    os.umask(before)
-    listener.listen(_BACKLOG)
-    listener.settimeout(_LOOK_S)
-    os.write(1, b"\n")  # whoever started it may connect
-    os.dup2(2, 1)
-    return listener
 
 
 def _import_ray() -> None:
@@ -350,7 +351,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1] == _SERVE:
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        arguments = serve(sys.argv[2])
+        arguments = serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
         import runpy
 
         sys.argv = arguments

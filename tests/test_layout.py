@@ -14,7 +14,11 @@ LIST = """
     forkserver session runstore memory group stage display export coordinator report bench cli run
 """
 ORDER = LIST.split()
-MODULES = sorted([*(ROOT / "tst_ray").glob("*.py"), *(ROOT / "pipelines").glob("*.py")])
+MODULES = sorted(
+    path
+    for room in ("tst_ray", "tst_ray/bench", "pipelines")
+    for path in (ROOT / room).glob("*.py")
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -40,6 +44,12 @@ def test_a_module_imports_only_what_stands_above_it() -> None:
         above = ORDER[: ORDER.index(path.stem)]
         ours = {name.split(".")[1] for name in imports(path) if name.startswith("tst_ray.")}
         assert ours <= set(above), f"{path.name} imports {ours - set(above)}"
+
+
+def test_a_bench_is_used_by_the_command_line_alone() -> None:
+    for path in (ROOT / "tst_ray").glob("*.py"):
+        if path.name != "cli.py":
+            assert not [name for name in imports(path) if name.startswith("tst_ray.bench")]
 
 
 def test_one_module_imports_ray_train() -> None:

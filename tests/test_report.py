@@ -127,10 +127,3 @@ def test_checkpoints_are_listed_and_verified(
     assert "checkpoints is good" in capsys.readouterr().err
     assert main(["checkpoints", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
-
-
-def test_a_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "checkpoint", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert 0 < facts["median_s"]["background_s"] < facts["median_s"]["foreground_s"]
-    assert facts["torch"] and facts["date"]

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.errors import DataError
+from tst_ray.bench import BENCHES
 from tst_ray.errors import UserError
 
-_BENCHES = ("recovery", "checkpoint")
 _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train.steps=2000"
 
 
@@ -79,7 +79,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     bench = commands.add_parser(
         "bench", help="measure what a run costs on this machine", allow_abbrev=False
     )
-    bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=", ".join(_BENCHES))
+    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(command=_bench, takes_overrides=False)
 
@@ -197,13 +197,13 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    from tst_ray.bench import BENCHES, print_facts
+    from tst_ray.bench import print_bench, run_bench
 
-    facts = BENCHES[args.name]()
+    facts = run_bench(args.name)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
-        print_facts(args.name, facts)
+        print_bench(facts)
 
 
 def _settings(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -369,7 +369,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint_intact(
         "stays-full", run__storage=small_disk, data__cache=place.folder / "runs" / "shards",
         fault__max_failed_saves=2, checkpoint__memory_every="null",
     )  # fmt: skip
-    place.inject(run, (Fault("fill_disk", at_step=50, seconds=20.0),), status=1)
+    place.inject(run, (Fault("fill_disk", at_step=50, seconds=12.0),), status=1)
     said = run.said()
     assert "checkpoints in a row could not be saved (fault.max_failed_saves)" in said
     assert "Traceback" not in said

@@ -152,6 +152,17 @@ def test_all_damaged_is_an_error_never_step_0(root: Storage) -> None:
         find_good([root], Events())
 
 
+def test_damaged_copies_alone_are_told_and_done_without(root: Storage) -> None:
+    """Before the first checkpoint in storage a run has nothing to lose but its copies in memory."""
+    save_steps(root, 10)
+    flip(root / folder_name(10))
+    events = Events()
+    assert find_good([root, Storage(f"{root.url}-in-storage")], events) is None
+    assert events.kinds() == ["checkpoint_damaged"]
+    with pytest.raises(RunError, match="all 1 checkpoints"):
+        find_good([Storage(f"{root.url}-in-storage"), root], Events())
+
+
 def test_the_last_ones_are_kept(root: Storage) -> None:
     save_steps(root, 10, 20, 30, 40, keep=2)
     assert root.names() == [folder_name(30), folder_name(40)]

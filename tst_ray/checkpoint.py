@@ -160,23 +160,26 @@ class Ranks:
 def find_good(
     roots: Sequence[Storage], on_event: OnEvent, ranks: Ranks | None = None
 ) -> CheckpointInfo | None:
-    """The newest checkpoint that verifies; None where none was ever committed.
+    """The newest checkpoint that verifies; None where none was ever committed to the last folder.
 
     Every rank calls this; each verifies its share of the files. A damaged checkpoint is marked, so
     that those who do not verify do not count on it; mended, it counts again.
 
     Args:
-        roots: folders of checkpoints; of the same step, one in an earlier folder is preferred.
+        roots: folders of checkpoints; of the same step, one in an earlier folder is preferred. The
+            last is storage; what is before it are copies, which a run can do without.
         on_event: told of "checkpoint_damaged" (rank 0 only).
         ranks: who verifies; this process alone unless given.
 
     Raises:
-        RunError: there are committed checkpoints, and all are damaged.
+        RunError: there are committed checkpoints in storage, and all are damaged.
     """
     ranks = ranks or Ranks()
-    listed = [info for root in roots for info in committed(root, damaged=True)]
+    listed = [committed(root, damaged=True) for root in roots]
+    every = sorted((info for infos in listed for info in infos), key=lambda i: -i.step)
     # Rank 0's listing for all: on a shared filesystem another rank's may be older.
-    candidates: list[CheckpointInfo] = ranks.gather(sorted(listed, key=lambda i: -i.step))[0]
+    candidates: list[CheckpointInfo]
+    candidates, stored = ranks.gather((every, len(listed[-1])))[0]
     for info in candidates:
         problems = ranks.gather(verify(info, ranks.rank, ranks.size))
         problem = next((problem for problem in problems if problem), None)
@@ -190,11 +193,11 @@ def find_good(
         if ranks.rank == 0 and not info.folder.exists(DAMAGED):
             info.folder.write(DAMAGED, problem + "\n")
             on_event("checkpoint_damaged", step=info.step, problem=problem)
-    if candidates:
+    if stored:
         raise RunError(
-            f"all {len(candidates)} checkpoints under {roots[-1].url} are damaged, "
-            f"{candidates[0].step} steps would be lost; restore one from a copy, or start a new "
-            "run with another run.name"
+            f"all {stored} checkpoints under {roots[-1].url} are damaged, {candidates[0].step} "
+            "steps would be lost; restore one from a copy, or start a new run with another "
+            "run.name"
         )
     return None
 

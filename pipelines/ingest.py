@@ -36,6 +36,7 @@ _MAX_CHUNK_STEPS = 128
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
 _PLANNED_STEPS = 32
+_LEAST_AHEAD = 8
 _ID_COLUMNS = ("step", "slot", "source", "epoch", "offset")
 FILLER = -1  # the slot of a row that only evens out the ranks
 
@@ -84,6 +85,10 @@ class Feed:
         steps = max(_TASKS // most_workers, _LEAST_CHUNKS) * self._chunk_steps(most_workers)
         first = self.order.cuts[self.phase].first_step
         return list(pairwise([*range(first, self.last_step, steps), self.last_step]))
+
+    def steps_ahead(self, world_size: int) -> int:
+        """How many steps before the end of a part the next one may be opened: those of a block."""
+        return max(self._chunk_steps(world_size), _LEAST_AHEAD)
 
     def chunks(self, start_step: int, last_step: int, world_size: int) -> list[tuple[int, int]]:
         """[first, last) steps of each block of a dataset."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 from pipelines.errors import DataError
@@ -195,17 +197,67 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
         threads=max(int(job.config.cluster.cpus_per_worker), 1),
     )
 
-    def open_batches(phase: Phase, step: int) -> Iterator[Any]:
-        feed = job.feeds[phase.index]
-        rows = feed.rows_per_rank(place.world_size)
-        for first, last in feed.parts(phase.max_workers):
-            if step < last:
-                shard = ray.train.get_dataset_shard(_dataset_name(feed, first))
-                yield from shard.iter_batches(
-                    batch_size=rows, batch_format="numpy", prefetch_batches=4
-                )
+    return train(job, place, Reading(job, place).batches)
 
-    return train(job, place, open_batches)
+
+class Reading:
+    """A worker's batches through Ray Data: the datasets of a stage, one after the other.
+
+    A dataset takes a second or two to start. So each is opened, in a thread, while the last batches
+    of the one before are trained on; the pause between two of them is then that of a step.
+
+    Args:
+        job, place: the worker's.
+    """
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self._job, self._place = job, place
+        parts = [part for part in _parts(job) if part.first < job.last_step]
+        self._next = dict(pairwise(parts))
+        self._opened: dict[_Part, Future[Iterator[Any]]] = {}
+
+    def batches(self, phase: Phase, step: int) -> Iterator[Any]:
+        """Local batches from after `step` finished ones to the end of the phase."""
+        for part in _parts(self._job):
+            if part.feed.phase != phase.index or part.last <= step:
+                continue
+            opened = self._opened.pop(part, None)
+            batches = opened.result() if opened else self._open(part)
+            ahead_at = part.last - part.feed.steps_ahead(self._place.world_size)
+            for batch in batches:
+                if step >= ahead_at:
+                    self._open_ahead(part)
+                yield batch
+                step += 1
+
+    def _open_ahead(self, part: _Part) -> None:
+        following = self._next.get(part)
+        if following is None or following in self._opened:
+            return
+        opened = self._opened[following] = Future()
+
+        def open_it() -> None:
+            try:
+                opened.set_result(self._open(following))
+            except BaseException as error:
+                opened.set_exception(error)
+
+        # No executor: its threads would be waited for where a worker is told to end.
+        threading.Thread(target=open_it, name="next-dataset", daemon=True).start()
+
+    def _open(self, part: _Part) -> Iterator[Any]:
+        """The batches of a dataset; its first one is here when this returns."""
+        import ray.train
+
+        shard = ray.train.get_dataset_shard(_dataset_name(part.feed, part.first))
+        batches = iter(
+            shard.iter_batches(
+                batch_size=part.feed.rows_per_rank(self._place.world_size),
+                batch_format="numpy",
+                prefetch_batches=4,
+            )
+        )
+        return chain([next(batches)], batches)
 
 
 @dataclass(frozen=True)
@@ -221,14 +273,18 @@ def _dataset_name(feed: Feed, first: int) -> str:
     return f"phase-{feed.phase}-from-{first}"
 
 
-def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
-    """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
-    parts = [
+def _parts(job: Job) -> list[_Part]:
+    """All datasets of a run, in order."""
+    return [
         _Part(feed, first, last)
         for feed, phase in zip(job.feeds, job.plan.phases, strict=True)
         for first, last in feed.parts(phase.max_workers)
     ]
-    return {_dataset_name(part.feed, part.first): partial(_itself, part) for part in parts}
+
+
+def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
+    """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
+    return {_dataset_name(part.feed, part.first): partial(_itself, part) for part in _parts(job)}
 
 
 def _itself(part: _Part) -> Any:

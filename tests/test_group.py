@@ -1,0 +1,111 @@
+"""How a worker reads the datasets of a stage, one after the other; without Ray's processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.ingest import Feed
+from tests.tiny import make_config, make_corpus, make_job
+from tst_ray.group import Reading
+from tst_ray.job import Place
+
+PATIENCE_S = 60.0
+
+
+class Shards:
+    """Stands in for Ray Train's datasets: their batches are numbers, and each opening is noted."""
+
+    def __init__(self, lengths: dict[str, int]) -> None:
+        self.lengths, self.opened = lengths, dict.fromkeys(lengths, 0)
+        self.event = {name: threading.Event() for name in lengths}
+
+    def get(self, name: str) -> Any:
+        self.opened[name] += 1
+        self.event[name].set()
+        shards, length = self, self.lengths[name]
+
+        class Shard:
+            def iter_batches(self, **options: Any) -> Iterator[tuple[str, int]]:
+                if shards.lengths[name] < 0:
+                    raise OSError("no such place")
+                return iter([(name, number) for number in range(length)])
+
+        return Shard()
+
+
+@pytest.fixture
+def reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Reading, Shards, Any]]:
+    """Four steps in bags, then four of tokens, in parts of two steps."""
+    manifest = make_corpus(tmp_path / "text")
+    job = make_job(make_config(tmp_path, manifest, **{"train.steps": 8}), manifest)
+    bags, tokens = job.plan.phases
+
+    def parts(feed: Feed, most_workers: int) -> list[tuple[int, int]]:
+        first = feed.order.cuts[feed.phase].first_step
+        return [(step, step + 2) for step in range(first, feed.last_step, 2)]
+
+    monkeypatch.setattr(Feed, "parts", parts)
+    monkeypatch.setattr(Feed, "steps_ahead", lambda feed, world_size: 1)
+    shards = Shards(
+        {
+            f"phase-{phase.index}-from-{step}": 2
+            for phase in (bags, tokens)
+            for step in range(phase.first_step, phase.last_step, 2)
+        }
+    )
+    monkeypatch.setattr("ray.train.get_dataset_shard", shards.get)
+    yield Reading(job, Place()), shards, job.plan
+
+
+def test_all_parts_come_in_order_and_each_is_opened_once(
+    reading: tuple[Reading, Shards, Any],
+) -> None:
+    reader, shards, plan = reading
+    came = [batch for phase in plan.phases for batch in reader.batches(phase, phase.first_step)]
+    assert came == [(name, number) for name in shards.lengths for number in range(2)]
+    assert set(shards.opened.values()) == {1}
+
+
+def test_the_next_part_is_opened_while_this_one_is_read(
+    reading: tuple[Reading, Shards, Any],
+) -> None:
+    """Also where it belongs to the next phase."""
+    reader, shards, plan = reading
+    names = list(shards.lengths)
+    for phase in plan.phases:
+        for step, (name, number) in enumerate(reader.batches(phase, phase.first_step)):
+            following = names[names.index(name) + 1 :][:1]
+            for other in following:
+                if number == 1:
+                    assert shards.event[other].wait(PATIENCE_S), f"after step {step}"
+                else:
+                    assert not shards.opened[other], f"{other} is opened too early"
+
+
+def test_a_part_that_cannot_be_opened_says_so_when_it_is_needed(
+    reading: tuple[Reading, Shards, Any],
+) -> None:
+    reader, shards, plan = reading
+    first = plan.phases[0]
+    broken = list(shards.lengths)[1]
+    shards.lengths[broken] = -1
+    batches = reader.batches(first, first.first_step)
+    assert [next(batches), next(batches)]
+    with pytest.raises(OSError, match="no such place"):
+        next(batches)
+
+
+def test_a_resumed_worker_starts_with_the_part_it_is_in(
+    reading: tuple[Reading, Shards, Any],
+) -> None:
+    reader, shards, plan = reading
+    tokens = plan.phases[1]
+    next(reader.batches(tokens, tokens.first_step + 2))
+    assert [name for name, count in shards.opened.items() if count] == [list(shards.lengths)[-1]]

@@ -52,7 +52,7 @@ def test_a_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["scale", "embed"])
 def test_short_benches_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     facts = run_bench(name)
-    assert all(figure["value"] > 0 for figure in facts["figures"])
+    assert all(figure["value"] >= 0 for figure in facts["figures"])
     print_bench(facts)
     assert f"date {facts['date']}" in capsys.readouterr().out
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from tst_ray import forkserver
 
 CLIENT = [sys.executable, "-S", "-E", forkserver.__file__]
+ROOT = Path(__file__).parent.parent
 PATIENCE_S = 120.0
 # A worker process that tells what it is, in the file that it is told.
 WORKER = """
@@ -54,11 +58,15 @@ def start(folder: Path, variables: dict[str, str]) -> tuple[dict[str, Any], str]
         text=True,
         timeout=PATIENCE_S,
     )
-    deadline = time.monotonic() + PATIENCE_S
-    while not told.exists():
-        assert time.monotonic() < deadline, done.stderr
-        time.sleep(0.02)
+    wait_for(told.exists)
     return json.loads(told.read_text()), done.stdout + done.stderr
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -96,6 +104,92 @@ def test_without_a_server_the_client_is_the_process(folders: tuple[Path, Path]) 
     assert facts["parent"] == os.getpid()
 
 
+def test_a_node_without_this_package_starts_its_own_python(tmp_path: Path) -> None:
+    """Its own `python`, as `PATH` there has it."""
+    command = forkserver.job_environment(None, {}, "llama")["py_executable"]
+    elsewhere = command.replace(forkserver.__file__, "/not/on/this/node.py")
+    assert elsewhere != command
+    (tmp_path / "python").write_text('#!/bin/sh\necho started with "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", f"exec {elsewhere} worker.py 'an argument'"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "started with worker.py an argument\n"
+
+
+def test_it_is_given_what_a_raylet_gave_its_client(
+    address: dict[str, str], folders: tuple[Path, Path]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    script = (
+        "import json, resource, signal, sys, os\n"
+        "facts = [open('/proc/self/oom_score_adj').read().strip(), \n"
+        "    resource.getrlimit(resource.RLIMIT_NOFILE)[0], \n"
+        "    signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())]\n"
+        "open(sys.argv[1] + '.part', 'w').write(json.dumps(facts))\n"
+        "os.rename(sys.argv[1] + '.part', sys.argv[1])\n"
+    )
+
+    def as_a_raylet_does() -> None:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit[0] - 7, limit[1]))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    told = folders[0] / "told.json"
+    (folders[0] / "worker.py").write_text(script)
+    subprocess.run(
+        [*CLIENT, str(folders[0] / "worker.py"), str(told)],
+        env=os.environ | address,
+        preexec_fn=as_a_raylet_does,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    wait_for(told.exists)
+    assert json.loads(told.read_text()) == ["1000", limit[0] - 7, True]
+
+
+def test_a_client_that_is_killed_costs_nothing_but_itself(
+    address: dict[str, str], folders: tuple[Path, Path]
+) -> None:
+    """Whether it had asked or not; the same server serves the next."""
+    before = start(folders[0], address)[0]["parent"]
+    for asks in (b"", b"\x00" * 8, len(b"{}").to_bytes(8, "big") + b"{}"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(address["TST_RAY_FORK_SERVER"])
+            if asks:
+                socket.send_fds(client, [asks], [0, 1, 2])
+    assert start(folders[1], address)[0]["parent"] == before
+
+
+def test_a_server_that_does_not_answer_is_done_without(
+    address: dict[str, str], folders: tuple[Path, Path]
+) -> None:
+    server = start(folders[0], address)[0]["parent"]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tst_ray import forkserver as f; "
+            "f._ANSWER_S = 0.2; f.start(sys.argv[1:])"
+        )
+        told = folders[1] / "told.json"
+        (folders[1] / "worker.py").write_text(WORKER)
+        with (folders[1] / "printed").open("w") as printed:  # a pipe would wait for the server
+            subprocess.run(
+                [sys.executable, "-c", code, str(folders[1] / "worker.py"), str(told)],
+                env=os.environ | address, stdout=printed, stderr=printed, timeout=PATIENCE_S,
+            )  # fmt: skip
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert "not forked" in (folders[1] / "printed").read_text()
+    assert json.loads(told.read_text())["parent"] == os.getpid()
+    told.unlink()
+    assert start(folders[0], address)[0]["parent"] == server
+    assert not told.exists(), "what was asked for in vain is not done later"
+
+
 def run_server(code: str) -> str:
     """Run code in a process like a server's; what it printed."""
     done = subprocess.run(
@@ -106,8 +200,8 @@ def run_server(code: str) -> str:
 
 
 def test_a_server_whose_children_would_be_alike_does_not_serve() -> None:
-    asks = "from tst_ray import forkserver as f; {}; print(f._why_not_fork(0))"
-    assert run_server(asks.format("f._import_ray()")) == "None"
+    asks = "from tst_ray import forkserver as f; {}; print(f._why_alike(), f._why_not_fork())"
+    assert run_server(asks.format("f._import_ray()")) == "None None"
     alike = run_server(asks.format("import ray; ray.ObjectID.from_random()"))
     assert "same random numbers" in alike
 
@@ -115,10 +209,9 @@ def test_a_server_whose_children_would_be_alike_does_not_serve() -> None:
 def test_a_server_with_threads_does_not_serve() -> None:
     code = (
         "import threading; from tst_ray import forkserver as f; stop = threading.Event(); "
-        "threading.Thread(target=stop.wait, name='busy').start(); "
-        "print(f._why_not_fork(1)); stop.set()"
+        "threading.Thread(target=stop.wait).start(); print(f._why_not_fork()); stop.set()"
     )
-    assert "busy" in run_server(code)
+    assert "it has threads" in run_server(code)
 
 
 def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) -> None:
@@ -138,10 +231,7 @@ def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) 
         )
         assert process.stdout is not None and process.stdin is not None
         pid = int(process.stdout.readline())
-        deadline = time.monotonic() + PATIENCE_S
-        while lives(pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda pid=pid: not lives(pid))  # type: ignore[misc]
         process.stdin.close()
         process.stdout.close()
         process.wait()
@@ -156,7 +246,7 @@ def lives(pid: int) -> bool:
 
 def test_the_environment_of_a_run() -> None:
     plain = forkserver.job_environment(None, {"A": "1"}, "llama")
-    assert plain["py_executable"].startswith(sys.executable)
+    assert sys.executable in plain["py_executable"]
     assert plain["env_vars"] == {"A": "1", "TST_RAY_MODEL_TYPE": "llama"}
 
 

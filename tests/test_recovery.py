@@ -258,9 +258,12 @@ def test_killed_in_the_middle_of_a_checkpoint(place: Place, whole: Run) -> None:
 def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
     place: Place, whole: Run
 ) -> None:
-    """Down to the minimum at once; up again through a checkpoint, with no step repeated."""
+    """Down to the minimum at once, from the memory of the node that is left: storage has nothing;
+    up again through a checkpoint, with no step repeated."""
     place.nodes(2)
-    run = place.start("shrink-grow", tst__workers="[1,2]", cluster__workers="[1,2]")
+    run = place.start(
+        "shrink-grow", tst__workers="[1,2]", cluster__workers="[1,2]", checkpoint__every=1000,
+    )  # fmt: skip
     place.inject(run, Faults().kill_node_at(20).add_node_at(45))
     assert_nothing_lost(run, whole, same_size=False)
     sizes = [event["world_size"] for event in run.events("attempt")]
@@ -437,22 +440,21 @@ def test_a_second_interrupt_stops_at_once(place: Place) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_stays_not_finite_is_rolled_back_and_then_given_up(place: Place) -> None:
-    """A learning rate that no model survives: no checkpoint of a broken model, and it says why."""
+def test_a_model_that_breaks_is_rolled_back_and_then_given_up(place: Place) -> None:
+    """A learning rate that no model survives: its data is named, no broken model is kept."""
     place.nodes(2)
     run = place.start(
-        "diverges", train__learning_rate=1e30, train__warmup=20,
+        "breaks", train__learning_rate=1e30, train__warmup=20,
         fault__max_skipped=3, fault__max_rollbacks=1,
     )  # fmt: skip
     said = run.finish(status=1)
-    assert "not finite" in said and "fault.max_rollbacks" in said and "Traceback" not in said
+    assert "after 1 roll-backs (fault.max_rollbacks)" in said and "Traceback" not in said
     (rollback,) = run.events("rollback")
-    first, last = rollback["first_step"] + 1, rollback["last_step"] + 1
-    named = [span[0] for span in rollback["spans"]]
-    assert named == [step for step in range(first, last + 1) for _ in range(15)]
-    after = [r for r in run.records if first <= r["step"] <= last and r["attempt"] == 2]
-    assert [r["mark"] for r in after] == ["passed_over"] * 3 or after == []
-    assert all(event["step"] < first for event in run.events("checkpoint"))
+    steps = range(rollback["first_step"] + 1, rollback["last_step"] + 2)
+    assert [span[0] for span in rollback["spans"]] == [step for step in steps for _ in range(15)]
+    again = [r for r in run.records if r["step"] in steps and r["attempt"] == 2]
+    assert {r["mark"] for r in again} == {"passed_over"}
+    assert all(event["step"] <= rollback["first_step"] for event in run.events("checkpoint"))
 
 
 SOAK_KINDS = (*OWN_KINDS, "kill_driver")

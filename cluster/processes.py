@@ -92,7 +92,16 @@ def _is_worker_of(pid: int, raylet: int) -> bool:
     if named is not None:
         return named == str(raylet)
     # Forked by a server of a driver that started the raylet too.
-    return 1 < _parent(_parent(pid)) == _parent(raylet)
+    server = _parent(pid)
+    forked = b"forkserver.py" in _command(server)
+    return forked and 1 < _parent(server) == _parent(raylet)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _parent(pid: int) -> int:

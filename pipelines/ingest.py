@@ -119,11 +119,9 @@ class Feed:
         )
         slots = rank_slots(cut.num_sequences, world_size, rank)
         slot = np.arange(slots.start, slots.stop)
-        steps = np.arange(num_steps)[:, np.newaxis]
-        mine = self.order.spans(first_step, last_step).select(
-            (steps * cut.num_sequences + slot).ravel()
-        )
-        rows = (steps * height + np.arange(len(slot))).ravel()  # fillers come last
+        mine = self.order.spans(first_step, last_step, slots)
+        # In each step real rows come first, fillers last.
+        rows = (np.arange(num_steps)[:, np.newaxis] * height + np.arange(len(slot))).ravel()
         columns["slot"][rows] = np.tile(slot, num_steps)
         columns["source"][rows], columns["epoch"][rows] = mine.source, mine.epoch
         columns["offset"][rows] = mine.offset
@@ -132,13 +130,11 @@ class Feed:
 
     def _gather(self, spans: Spans, rows: Any, out: np.ndarray[Any, Any]) -> None:
         """Fill out[rows[i]] with the stream tokens from the start of span i."""
+        sources = spans.source.tolist()
         pieces = self.order.linear(spans, out.shape[1])
-        sources, filled = spans.source.tolist(), dict.fromkeys(range(len(spans)), 0)
-        for span, start, stop in zip(*(array.tolist() for array in pieces), strict=True):
+        for span, at, start, stop in zip(*(array.tolist() for array in pieces), strict=True):
             reader = _reader(self.folder, self.manifest, self.fingerprint, sources[span])
-            at = filled[span]
             out[rows[span], at : at + stop - start] = reader.read(start, stop)
-            filled[span] = at + stop - start
 
 
 class BatchMismatch(DataError):
@@ -155,7 +151,7 @@ def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: in
         BatchMismatch: with the id that came and the id the plan says.
     """
     slots = rank_slots(feed.order.cuts[feed.phase].num_sequences, world_size, rank)
-    spans = _planned(feed, step).select(slots)
+    spans = _planned(feed, step, slots)
     height, real = feed.rows_per_rank(world_size), len(spans)
     want = np.zeros((height, len(_ID_COLUMNS)), np.int64)
     want[:, 0], want[:, 1] = step, FILLER
@@ -170,18 +166,28 @@ def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: in
     return spans
 
 
-def _planned(feed: Feed, step: int) -> Spans:
-    """A global batch of the plan; worked out for many steps at a time, which costs as much."""
+def _planned(feed: Feed, step: int, slots: slice) -> Spans:
+    """A rank's part of a planned batch; worked out for many steps at a time, which costs as much.
+
+    Raises:
+        IndexError: the step is not of the feed's phase.
+    """
     cut = feed.order.cuts[feed.phase]
+    if not cut.first_step <= step < feed.last_step:
+        raise IndexError(f"step {step} is not of phase {feed.phase + 1}")
     first = step - (step - cut.first_step) % _PLANNED_STEPS
-    spans = _planned_ahead(feed.order, first, min(first + _PLANNED_STEPS, feed.last_step))
-    begin = (step - first) * cut.num_sequences
-    return spans.select(slice(begin, begin + cut.num_sequences))
+    last = min(first + _PLANNED_STEPS, feed.last_step)
+    spans = _planned_ahead(feed.order, first, last, slots.start, slots.stop)
+    begin = (step - first) * (slots.stop - slots.start)
+    return spans.select(slice(begin, begin + slots.stop - slots.start))
 
 
 @lru_cache(maxsize=2)
-def _planned_ahead(order: Order, first: int, last: int) -> Spans:
-    return order.spans(first, last)
+def _planned_ahead(order: Order, first: int, last: int, start: int, stop: int) -> Spans:
+    spans = order.spans(first, last, slice(start, stop))
+    for array in (spans.source, spans.epoch, spans.offset):
+        array.setflags(write=False)  # it is handed out again
+    return spans
 
 
 def _describe(ids: np.ndarray[Any, Any]) -> str:

@@ -121,19 +121,22 @@ class Order:
                         "bag after it); add text or shorten train.sequence_length"
                     )
 
-    def spans(self, first: int, last: int | None = None) -> Spans:
+    def spans(self, first: int, last: int | None = None, slots: slice | None = None) -> Spans:
         """The global batches of steps [first, last) of one phase, one after the other.
 
         Args:
             first: finished steps before the first of them (0 is the run's first step).
             last: one step by default.
+            slots: only these of each batch, such as a rank's; nothing is worked out for the others.
         """
         phase = self._phase_at(first)
         cut = self.cuts[phase]
         begin, end = first - cut.first_step, (first + 1 if last is None else last) - cut.first_step
         if not begin < end <= cut.steps:
             raise IndexError(f"steps {first} to {last} are not within one phase")
-        ordinals = np.arange(begin * cut.num_sequences, end * cut.num_sequences, dtype=np.int64)
+        steps = np.arange(begin, end, dtype=np.int64)[:, np.newaxis]
+        wanted = range(cut.num_sequences)[slots or slice(None)]
+        ordinals = (steps * cut.num_sequences + np.array(wanted, np.int64)).ravel()
         source, cell = self._draw(ordinals)
         epoch, offset = np.empty_like(cell), np.empty_like(cell)
         for number in np.unique(source):
@@ -141,11 +144,12 @@ class Order:
             epoch[mine], offset[mine] = self._cells(phase, int(number), cell[mine])
         return Spans(source, epoch, offset, cut.data_length)
 
-    def linear(self, spans: Spans, length: int) -> tuple[Int64, Int64, Int64]:
+    def linear(self, spans: Spans, length: int) -> tuple[Int64, Int64, Int64, Int64]:
         """Where the `length` stream tokens from the start of each span lie in their sources.
 
         Returns:
-            pieces, in stream order: of which span, and the linear [start, stop) in its source.
+            pieces, in stream order: of which span, from where in it on, and the linear [start,
+            stop) in its source.
         """
         unit = self.block_tokens
         blocks_of = np.array([source.num_tokens // unit for source in self.sources], np.int64)
@@ -161,7 +165,8 @@ class Order:
         home[inside] = permute(block[inside], num_blocks[inside], key[inside])
         start = np.maximum(spans.offset[span] - block * unit, 0)
         stop = np.minimum(spans.offset[span] + length - block * unit, unit)
-        return span, home * unit + start, home * unit + stop
+        at = np.maximum(block * unit - spans.offset[span], 0)
+        return span, at, home * unit + start, home * unit + stop
 
     def epochs_after(self, phase: int) -> tuple[float, ...]:
         """Passes over each source once phases 0 … `phase` are done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert events.kinds() == ["checkpoint_damaged"]
     assert events[0][1]["step"] == 20
     assert said in events[0][1]["problem"]
+
+
+def test_a_damaged_one_that_cannot_be_marked_is_passed_by_all_the_same(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(root, 10, 20)
+    flip(root / folder_name(20))
+    events = Events()
+
+    def full(self: Storage, *args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Storage, "write", full)
+    monkeypatch.setattr(Storage, "remove", full)
+    info = find_good([root], events)
+    assert info is not None and info.step == 10
+    assert events.kinds() == ["checkpoint_damaged"]
 
 
 def test_all_damaged_is_an_error_never_step_0(root: Storage) -> None:

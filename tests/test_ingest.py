@@ -44,7 +44,8 @@ def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
     cut, spans = feed.order.cuts[feed.phase], feed.order.spans(step)
     rows: list[list[int]] = [[] for _ in range(len(spans))]
     pieces = feed.order.linear(spans, cut.data_length + cut.lookahead)
-    for span, start, stop in zip(*pieces, strict=True):
+    for span, at, start, stop in zip(*pieces, strict=True):
+        assert at == len(rows[span])
         source = int(spans.source[span])
         text = position_tokens(source, feed.order.sources[source].num_tokens)
         rows[span] += text[start:stop].tolist()

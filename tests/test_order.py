@@ -47,7 +47,7 @@ def make_order(
 def tokens_of(order: Order, step: int) -> list[tuple[int, int, int]]:
     """Every (source, epoch, linear position) trained on in a step."""
     spans, out = order.spans(step), []
-    for span, start, stop in zip(*order.linear(spans, spans.length), strict=True):
+    for span, _, start, stop in zip(*order.linear(spans, spans.length), strict=True):
         source, epoch = int(spans.source[span]), int(spans.epoch[span])
         out += [(source, epoch, position) for position in range(start, stop)]
     return out
@@ -60,6 +60,9 @@ def test_many_steps_at_once_are_the_steps_one_after_the_other() -> None:
         alone, rows = order.spans(step), slice((step - 1) * 5, step * 5)
         assert at_once.select(rows).offset.tolist() == alone.offset.tolist()
         assert at_once.select(rows).epoch.tolist() == alone.epoch.tolist()
+    some = order.spans(1, 8, slice(2, 4))
+    assert some.offset.tolist() == at_once.offset.reshape(7, 5)[:, 2:4].ravel().tolist()
+    assert len(order.spans(1, 8, slice(2, 2))) == 0
     with pytest.raises(IndexError):
         order.spans(8, 10)  # of two phases
 

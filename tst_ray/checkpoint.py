@@ -185,13 +185,13 @@ def find_good(
         problem = next((problem for problem in problems if problem), None)
         if problem is None:
             if ranks.rank == 0:
-                info.folder.remove(DAMAGED)
+                _mark(info.folder, None)
             return read_meta(info)
         log.warning(
             "checkpoint %s is damaged (%s); trying the one before", info.folder.url, problem
         )
         if ranks.rank == 0 and not info.folder.exists(DAMAGED):
-            info.folder.write(DAMAGED, problem + "\n")
+            _mark(info.folder, problem)
             on_event("checkpoint_damaged", step=info.step, problem=problem)
     if stored:
         raise RunError(
@@ -200,6 +200,18 @@ def find_good(
             "run.name"
         )
     return None
+
+
+def _mark(folder: Storage, problem: str | None) -> None:
+    """Mark a checkpoint as damaged, or as good again, where storage lets us: a full disk or a
+    folder that is only read must not keep a run from the checkpoint before."""
+    try:
+        if problem is None:
+            folder.remove(DAMAGED)
+        else:
+            folder.write(DAMAGED, problem + "\n")
+    except Exception as error:
+        log.warning("%s is not marked: %s", folder.url, _one_line(error))
 
 
 def forget_after(root: Storage, step: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
         os.environ.setdefault(name, str(value))
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
-        if config.cluster.fork_server:
+        if _forks(config):
             variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
             kind = str(config.model.config.get("model_type", ""))
             if is_local:
@@ -100,6 +101,10 @@ def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
         yield stack.enter_context(_connected(is_local, options))
 
 
+def _forks(config: Config) -> bool:
+    return config.cluster.fork_server and sys.platform == "linux"
+
+
 def _local_options(config: Config, plan: Plan) -> dict[str, Any]:
     """What `ray.init` is told to start a Ray on this machine."""
     most = max(phase.max_workers for phase in plan.phases)
@@ -109,7 +114,7 @@ def _local_options(config: Config, plan: Plan) -> dict[str, Any]:
         "include_dashboard": False,
         "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
         # The processes that Ray starts unasked have not this run's environment.
-        "_system_config": {"prestart_worker_first_driver": not config.cluster.fork_server},
+        "_system_config": {"prestart_worker_first_driver": not _forks(config)},
     }
 
 

@@ -263,8 +263,9 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
     place.nodes(2)
     run = place.start(
         "shrink-grow", tst__workers="[1,2]", cluster__workers="[1,2]", checkpoint__every=1000,
+        train__micro_batch_size=1,  # slow, so that the new node comes well before the end
     )  # fmt: skip
-    place.inject(run, Faults().kill_node_at(20).add_node_at(45))
+    place.inject(run, Faults().kill_node_at(20).add_node_at(25))
     assert_nothing_lost(run, whole, same_size=False)
     sizes = [event["world_size"] for event in run.events("attempt")]
     assert sizes == [2, 1, 2]

@@ -44,7 +44,7 @@ def test_a_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "checkpoint", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     values = {figure["what"]: figure["value"] for figure in facts["figures"]}
-    assert 0 < values["stall, background"] < values["stall, foreground"]
+    assert 0 < values["5 MB: stall, background"] < values["5 MB: stall, foreground"]
     assert facts["torch"] and facts["date"]
 
 

@@ -212,9 +212,10 @@ class _LinearMultiHot(torch.autograd.Function):
     ) -> Tensor:
         dtype = shares_Ns.dtype
         hidden_grad = torch.empty_like(hidden_Nd) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight_Vd, dtype=dtype) if ctx.needs_input_grad[1] else None
+        wants_weight_grad = ctx.needs_input_grad[1] and grad_enabled
+        weight_grad = None  # made by the first chunk: filling it with zeros takes as long as adding
         if not grad_enabled:
-            hidden_grad = weight_grad = None
+            hidden_grad = None
         total = torch.zeros((), dtype=dtype, device=hidden_Nd.device)
         for start in range(0, len(hidden_Nd), chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -225,15 +226,17 @@ class _LinearMultiHot(torch.autograd.Function):
             mass_Cs, bag_C = _bag_terms(picked_Cs, shares_Ns[rows], scale, loss)
             mass_C = mass_Cs.sum(dim=1)
             total += (mass_C * lse_C - bag_C).sum()
-            if hidden_grad is None and weight_grad is None:
+            if hidden_grad is None and not wants_weight_grad:
                 continue
             # d loss / d z = a·softmax(z) − (what the bag's labels get), made in the logits' memory
             grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(mass_C[:, None])
             grad_CV = grad_CV.scatter_add_(1, targets_Cs, -mass_Cs).to(hidden_Cd.dtype)
             if hidden_grad is not None:
                 torch.mm(grad_CV, weight_Vd, out=hidden_grad[rows])
-            if weight_grad is not None:
-                weight_grad += grad_CV.T @ hidden_Cd
+            if wants_weight_grad:
+                weight_grad = _add_product(weight_grad, grad_CV.T, hidden_Cd, dtype)
+        if wants_weight_grad and weight_grad is None:  # no positions at all
+            weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
         ctx.save_for_backward(hidden_grad, _cast(weight_grad, weight_Vd.dtype))
         return total
 
@@ -264,6 +267,13 @@ def _bag_terms(
     inside_Cs = inside_Cs.masked_fill(~valid_C[:, None], 0)  # keeps a bag of no labels finite
     factor_C = valid_C * scale
     return inside_Cs.softmax(1) * factor_C[:, None], inside_Cs.logsumexp(1) * factor_C
+
+
+def _add_product(sum_: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_ + a @ b in `dtype`; in place, and without a copy of the product where that can be."""
+    if sum_ is None:
+        return (a @ b).to(dtype)
+    return sum_.addmm_(a, b) if a.dtype == dtype else sum_.add_(a @ b)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -155,7 +155,7 @@ def step() -> list[Figure]:
                 "tst.bag_size": bag_size,
                 "tst.ratio": 0.5,
                 "cluster.workers": 1,
-                "metrics.val_sequences": 0,
+                "metrics.val_sequences": 1,
             }
             bare = _bare_loop(settings, 40 if batch_size == 16 else 15)
             records = _trained(settings)
@@ -243,7 +243,7 @@ def bare_steps(overrides: list[str], steps: int) -> None:
 def switch() -> list[Figure]:
     """The pause between the phases: in one worker group, and from one worker to two."""
     prepared_demo()
-    settings = {"train.steps": 200, "tst.ratio": 0.5, "metrics.val_sequences": 0}
+    settings = {"train.steps": 200, "tst.ratio": 0.5, "metrics.val_sequences": 1}
     inside = _trained({**settings, "cluster.workers": 1, "tst.workers": 1})
     steps = _step_s([record for record in inside if record["phase"] == 1])
     across = _pause(_trained({**settings, "cluster.workers": 2, "tst.workers": 1}))

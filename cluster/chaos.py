@@ -15,6 +15,7 @@ done.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -99,11 +100,17 @@ def _chaos(args: argparse.Namespace) -> None:
         )
     target: Target = RayTarget(args.address) if args.address else NoCluster()
 
+    out = sys.stdout
+
     def say(record: dict[str, Any]) -> None:
-        print(json.dumps(record) if args.json else told(record), flush=True)
+        print(json.dumps(record) if args.json else told(record), file=out, flush=True)
 
     try:
-        with Injector(run, faults, target, say) as injector:
+        # A joined Ray prints what it hears of a raylet's end, at any moment, among the records.
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            Injector(run, faults, target, say) as injector,
+        ):
             if args.really:
                 _really(run, injector)
             else:

@@ -121,7 +121,10 @@ def ingest() -> list[Figure]:
         reader = TokenReader(manifest, "text")
         tokens = reader.read(0, reader.num_tokens)
         np.save(f"{folder}/tokens.npy", tokens)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, logging_level="error",
+            log_to_driver=False,
+        )  # fmt: skip
         try:
             for s in _BAGS:
                 figures += _ingest(manifest, folder, s)

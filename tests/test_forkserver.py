@@ -258,3 +258,27 @@ def test_a_submitted_job_keeps_what_it_says_itself() -> None:
     }
     submitted = json.dumps({"runtime_env": {"pip": ["x"]}})
     assert "py_executable" not in forkserver.job_environment(submitted, {}, "llama")
+
+
+def test_a_server_that_must_not_be_forked_says_so_to_every_client(
+    tmp_path: Path, folders: tuple[Path, Path]
+) -> None:
+    """At once, and without another round of imports for each."""
+    address = str(tmp_path / "socket")
+    code = (
+        "import sys; from tst_ray import forkserver as f; f._AT_ONCE = f._WITH_RAY = (); "
+        "f._why_not_fork = lambda: 'no'; f.serve(f._listen(sys.argv[1]), int(sys.argv[2]))"
+    )
+    with (tmp_path / "printed").open("w") as printed:
+        command = [sys.executable, "-c", code, address, str(os.getpid())]
+        server = subprocess.Popen(command, stdout=printed, stderr=printed)
+    try:
+        wait_for(Path(address).exists)
+        for folder in folders:
+            facts, said = start(folder, {"TST_RAY_FORK_SERVER": address})
+            assert "not forked" in said and facts["parent"] == os.getpid()
+        assert server.poll() is None
+        assert (tmp_path / "printed").read_text().count("fork server: no") == 1
+    finally:
+        server.kill()
+        server.wait()

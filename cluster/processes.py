@@ -93,7 +93,7 @@ def _is_worker_of(pid: int, raylet: int) -> bool:
         return named == str(raylet)
     # Forked by a server of a driver that started the raylet too.
     server = _parent(pid)
-    forked = b"forkserver.py" in _command(server)
+    forked = b"tst_ray.forkserver" in _command(server)
     return forked and 1 < _parent(server) == _parent(raylet)
 
 

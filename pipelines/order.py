@@ -68,8 +68,8 @@ class Spans:
     def __len__(self) -> int:
         return len(self.source)
 
-    def select(self, slots: slice | Int64) -> Spans:
-        """Some of the sequences, by their place."""
+    def select(self, slots: slice) -> Spans:
+        """The sequences in those places."""
         return Spans(self.source[slots], self.epoch[slots], self.offset[slots], self.length)
 
 

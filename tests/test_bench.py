@@ -12,14 +12,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.ingest import Feed
+from pipelines.ingest import Feed, _block
 from pipelines.order import Cut, Order, StreamSource
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.bench import BENCHES, print_bench, run_bench
@@ -193,18 +192,14 @@ def test_few_tasks_of_ray_a_step(world_size: int) -> None:
 
 
 def test_few_bytes_of_a_token_go_through_the_object_store(tmp_path: Path) -> None:
-    """Two bytes a token where the vocabulary fits into 16 bits, and little beside."""
-    import pyarrow as pa
-
+    """Two bytes a token where the vocabulary fits into 16 bits, and little for each sequence."""
     manifest = make_corpus(tmp_path / "text")
-    job = make_job(make_config(tmp_path, manifest), manifest)
-    feed = job.feeds[1]
-    columns = feed.rows(feed.order.cuts[1].first_step, feed.last_step, 0, 1)
-    tokens = columns["tokens"]
-    assert tokens.dtype == np.uint16
-    others = sum(array.nbytes for name, array in columns.items() if name != "tokens")
-    assert others <= 40 * len(tokens)
-    assert pa.array(tokens.ravel()).nbytes == 2 * tokens.size
+    feed = make_job(make_config(tmp_path, manifest), manifest).feeds[1]
+    first = feed.order.cuts[1].first_step
+    rows = feed.rows(first, feed.last_step, 0, 1)["tokens"]
+    block = _block(feed, first, feed.last_step, 0, 1)
+    assert block.num_rows == len(rows) and rows.size > 0
+    assert block.nbytes <= 2 * rows.size + 64 * len(rows)
 
 
 @pytest.mark.parametrize("step", [10**6, 10**9])

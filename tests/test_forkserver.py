@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tst_ray import forkserver
+from tst_ray import forkclient, forkserver
 
-CLIENT = [sys.executable, "-S", "-E", forkserver.__file__]
+CLIENT = [sys.executable, "-S", "-E", forkclient.__file__]
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 120.0
 # A worker process that tells what it is, in the file that it is told.
@@ -107,7 +107,7 @@ def test_without_a_server_the_client_is_the_process(folders: tuple[Path, Path]) 
 def test_a_node_without_this_package_starts_its_own_python(tmp_path: Path) -> None:
     """Its own `python`, as `PATH` there has it."""
     command = forkserver.job_environment(None, {}, "llama")["py_executable"]
-    elsewhere = command.replace(forkserver.__file__, "/not/on/this/node.py")
+    elsewhere = command.replace(forkclient.__file__, "/not/on/this/node.py")
     assert elsewhere != command
     (tmp_path / "python").write_text('#!/bin/sh\necho started with "$@"\n')
     (tmp_path / "python").chmod(0o755)
@@ -171,7 +171,7 @@ def test_a_server_that_does_not_answer_is_done_without(
     os.kill(server, signal.SIGSTOP)
     try:
         code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tst_ray import forkserver as f; "
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tst_ray import forkclient as f; "
             "f._ANSWER_S = 0.2; f.start(sys.argv[1:])"
         )
         told = folders[1] / "told.json"
@@ -217,7 +217,7 @@ def test_a_server_with_threads_does_not_serve() -> None:
 def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) -> None:
     code = (
         "import sys; from tst_ray import forkserver as f; f._AT_ONCE = (); f._IDLE_S = {}; "
-        "f.serve(f._listen(sys.argv[1]), int(sys.argv[2]))"
+        "f.serve(f.forkclient.listen(sys.argv[1]), int(sys.argv[2]))"
     )
     for idle_s, parent in ((0.1, "sys.stdin.read()"), (1e9, "")):
         server = [sys.executable, "-c", code.format(idle_s), str(tmp_path / "socket")]
@@ -267,7 +267,8 @@ def test_a_server_that_must_not_be_forked_says_so_to_every_client(
     address = str(tmp_path / "socket")
     code = (
         "import sys; from tst_ray import forkserver as f; f._AT_ONCE = f._WITH_RAY = (); "
-        "f._why_not_fork = lambda: 'no'; f.serve(f._listen(sys.argv[1]), int(sys.argv[2]))"
+        "f._why_not_fork = lambda: 'no'; "
+        "f.serve(f.forkclient.listen(sys.argv[1]), int(sys.argv[2]))"
     )
     with (tmp_path / "printed").open("w") as printed:
         command = [sys.executable, "-c", code, address, str(os.getpid())]

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 LIST = """
     errors settings checks config timeouts goodput plan storage corpus superposition architecture
     model optim checkpoint guard metrics watchdog journal job batches speed worker elastic
-    forkserver session runstore memory group stage display export coordinator report bench cli run
+    forkclient forkserver session runstore memory group stage display export coordinator report
+    bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

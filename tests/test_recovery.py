@@ -23,6 +23,7 @@ from cluster.faults import OWN_KINDS, Fault, Faults, schedule
 from cluster.injector import Injector
 from cluster.local import LocalCluster
 from cluster.targets import LocalTarget
+from tests.chaos import small_filesystem
 from tests.test_runs import events, last_step, lines, wait_until, write_text
 from tests.test_worker import final_weights, same
 from tst_ray.storage import Storage
@@ -339,17 +340,9 @@ def test_all_checkpoints_damaged_stops_the_run_and_says_what_is_lost(place: Plac
 
 
 @pytest.fixture
-def small_disk(place: Place) -> Iterator[Path]:
-    """A filesystem of 64 MiB."""
-    folder = place.folder / "disk"
-    folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a small filesystem")
-    try:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_filesystem(tmp_path / "disk", 64) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A fork server on each node: Ray's processes start with their imports done.
 
-    raylet ── starts ──> client: python forkserver.py <Ray's worker script> …        milliseconds
+    raylet ── starts ──> client (forkclient.py)                                milliseconds
                            │ arguments, environment, working folder, standard streams
                            ▼
                          server: imported torch, transformers, Ray Data …, once
@@ -30,6 +30,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tst_ray import forkclient
+
 _MODEL_TYPE = "TST_RAY_MODEL_TYPE"
 # What knows nothing of Ray is imported at once; the rest with the environment of the first client,
 # since Ray takes its raylet and its job from the environment as it is imported.
@@ -51,14 +53,12 @@ _WITH_RAY = (
     "tst_ray.export",
 )
 _OWN_INTERPRETER = ("pip", "uv", "conda", "container", "image_uri", "py_executable")
-_ADDRESS = "TST_RAY_FORK_SERVER"
-_SERVE = "--serve"
-_LENGTH = 8
-_BACKLOG = 128
 _LOOK_S = 1.0
-_ANSWER_S = 30.0  # a raylet gives up on a process after 60
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}  # Arrow's; it has its own handlers of forks
 _IDLE_S = 60.0
+
+
+# -- the driver's side -----------------------------------------------------------------------------
 
 
 def job_environment(
@@ -86,7 +86,9 @@ def job_environment(
     }
     if not any(name in job for name in _OWN_INTERPRETER):
         # Without site-packages, which the client does not need: they cost more than all it does.
-        here = [shlex.quote(path) for path in (sys.executable, os.path.abspath(__file__))]
+        here = [
+            shlex.quote(path) for path in (sys.executable, os.path.abspath(forkclient.__file__))
+        ]
         script = (
             '[ -x {0} ] && [ -f {1} ] && exec {0} -S -E {1} "$@"; exec python "$@"'  # other nodes
         ).format(*here)
@@ -107,9 +109,9 @@ def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="tst-ray-", ignore_cleanup_errors=True) as folder:
         address = os.path.join(folder, "fork-server")
         try:
-            with _listen(address) as listener:
+            with forkclient.listen(address) as listener:
                 server = subprocess.Popen(
-                    _server(listener, parent=os.getpid()),
+                    forkclient.server_command(listener, parent=os.getpid()),
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, _MODEL_TYPE: model_type},
                     pass_fds=[listener.fileno()],
@@ -120,132 +122,30 @@ def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
             yield {}
             return
         try:
-            yield {_ADDRESS: address}
+            yield {forkclient.ADDRESS: address}
         finally:
             server.kill()
             server.wait()
 
 
-# -- the client: only the standard library, and little of it ---------------------------------------
-
-
-def start(arguments: list[str]) -> None:
-    """Have the server fork a process that runs `arguments`; where that fails, become it."""
-    try:
-        _ask(arguments)
-    except Exception as error:
-        print(f"not forked: {error!r}", file=sys.stderr, flush=True)
-        os.execv(sys.executable, [sys.executable, *arguments])
-
-
-def _ask(arguments: list[str]) -> None:
-    body = json.dumps({"arguments": arguments, **_self_portrait()}).encode()
-    with _connection(_address(arguments)) as server:
-        _check_owner(server)
-        server.settimeout(_ANSWER_S)
-        socket.send_fds(server, [len(body).to_bytes(_LENGTH, "big")], [0, 1, 2])
-        server.sendall(body)
-        try:
-            answer = server.recv(1)
-        except TimeoutError:
-            server.shutdown(socket.SHUT_RDWR)  # a child that comes from now on ends itself
-            answer = server.recv(1)
-        if not answer:
-            raise ConnectionError("the server does not serve")
-
-
-def _self_portrait() -> dict[str, Any]:
-    """What a raylet gave this process, and a child of the server would otherwise not have."""
-    import resource
-
-    with open("/proc/self/oom_score_adj") as file:
-        oom_score = file.read()
-    return {
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "oom_score": oom_score,
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
-        "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
-    }
-
-
-def _check_owner(server: socket.socket) -> None:
-    """Tell the environment, with what secrets it has, to no other user's process."""
-    peer = server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    if int.from_bytes(peer[4:8], sys.byteorder) != os.getuid():
-        raise PermissionError("the server is another user's")
-
-
-def _address(arguments: list[str]) -> str:
-    """The server's socket: where the driver says, or beside the raylet's, one an environment."""
-    if _ADDRESS in os.environ:
-        return os.environ[_ADDRESS]
-    import hashlib
-
-    raylet = next(a.partition("=")[2] for a in arguments if a.startswith("--raylet-name="))
-    environment = json.dumps([sys.executable, sorted(os.environ.items())])
-    return f"{raylet}.{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
-
-
-def _connection(address: str) -> socket.socket:
-    """A connection to the server, which is started if there is none."""
-    import fcntl
-
-    lock = os.open(f"{address}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several first clients, one starts the server
-        try:
-            return _connect(address)
-        except OSError:
-            _start_server(address)
-            return _connect(address)
-    finally:
-        os.close(lock)
-
-
-def _connect(address: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
-    return connection
-
-
-def _start_server(address: str) -> None:
-    """Start a server; it can be connected to from now on, though it still imports.
-
-    The parent, which the raylet started, becomes the server, so that all workers descend from it;
-    this returns in the child, which goes on as the client.
-    """
-    listener, raylet = _listen(address), os.getppid()
-    if os.fork() > 0:
-        listener.set_inheritable(True)
-        try:
-            os.execv(sys.executable, _server(listener, parent=raylet))
-        except OSError:
-            os._exit(1)
-    listener.close()
-
-
-def _listen(address: str) -> socket.socket:
-    if os.path.exists(address):
-        os.unlink(address)  # that of a server which was killed
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o077)  # for this user alone
-    listener.bind(address)
-    os.umask(before)
-    listener.listen(_BACKLOG)
-    return listener
-
-
-def _server(listener: socket.socket, parent: int) -> list[str]:
-    file = os.path.abspath(__file__)
-    return [sys.executable, file, _SERVE, str(listener.fileno()), str(parent)]
-
-
 # -- the server -----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """What `forkclient.server_command` runs: serve; then, in each child, be what it is to be."""
+    import runpy
+
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def serve(listener: socket.socket, parent: int) -> list[str]:
     """Import, then fork a child for each client until the parent is gone, or none is left.
+
+    Args:
+        listener: the socket that clients connect to, as `forkclient.listen` makes it.
+        parent: the process id of the parent.
 
     Returns:
         in each child, and nowhere else: what it is to run.
@@ -391,7 +291,7 @@ def _ids_of_a_child() -> list[bytes]:
 def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
     """A client's request; its standard streams are added to `streams`, whatever happens."""
     connection.settimeout(_LOOK_S)
-    head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH, 3)
+    head, descriptors, _, _ = socket.recv_fds(connection, forkclient.LENGTH, 3)
     streams += descriptors
     left, body = int.from_bytes(head, "big"), b""
     while len(body) < left:
@@ -435,15 +335,3 @@ def _become(request: dict[str, Any], streams: list[int], connection: socket.sock
         os._exit(1)
     arguments: list[str] = request["arguments"]
     return arguments
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == _SERVE:
-        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        arguments = serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
-        import runpy
-
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
-    else:
-        start(sys.argv[1:])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from pipelines.errors import DataError
@@ -211,19 +211,19 @@ class Reading:
     """
 
     def __init__(self, job: Job, place: Place) -> None:
-        self._job, self._place = job, place
-        parts = [part for part in _parts(job) if part.first < job.last_step]
-        self._next = dict(pairwise(parts))
+        self._world_size = place.world_size
+        self._parts = [part for part in _parts(job) if part.first < job.last_step]
+        self._next = dict(pairwise(self._parts))
         self._opened: dict[_Part, Future[Iterator[Any]]] = {}
 
     def batches(self, phase: Phase, step: int) -> Iterator[Any]:
-        """Local batches from after `step` finished ones to the end of the phase."""
-        for part in _parts(self._job):
+        """Local batches, one a step, from after `step` finished ones to the end of the phase."""
+        for part in self._parts:
             if part.feed.phase != phase.index or part.last <= step:
                 continue
             opened = self._opened.pop(part, None)
             batches = opened.result() if opened else self._open(part)
-            ahead_at = part.last - part.feed.steps_ahead(self._place.world_size)
+            ahead_at = part.last - part.feed.steps_ahead(self._world_size)
             for batch in batches:
                 if step >= ahead_at:
                     self._open_ahead(part)
@@ -252,12 +252,12 @@ class Reading:
         shard = ray.train.get_dataset_shard(_dataset_name(part.feed, part.first))
         batches = iter(
             shard.iter_batches(
-                batch_size=part.feed.rows_per_rank(self._place.world_size),
+                batch_size=part.feed.rows_per_rank(self._world_size),
                 batch_format="numpy",
                 prefetch_batches=4,
             )
         )
-        return chain([next(batches)], batches)
+        return chain(list(islice(batches, 1)), batches)
 
 
 @dataclass(frozen=True)

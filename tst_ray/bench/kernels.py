@@ -101,14 +101,14 @@ def _losses(n: int, d: int, vocab: int, dtype: Any, device: str) -> Iterator[Fig
 
 def _others(hidden: Any, weight: Any, labels: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Other fused losses of one target, as far as they are installed."""
+    import torch
     import torch.nn.functional as F
 
-    if hasattr(F, "linear_cross_entropy"):
-        chunked = getattr(F, "LinearCrossEntropyOptions", None)
-        options: Any = {"options": chunked()} if chunked else {}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()  # without it, the logits are whole
         yield (
-            "torch's linear_cross_entropy",
-            lambda: F.linear_cross_entropy(hidden, weight, labels, **options),
+            "torch's chunked linear_cross_entropy",
+            lambda: F.linear_cross_entropy(hidden, weight, labels, options=options),
         )
     if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_cross_entropy import (  # type: ignore[import-not-found,unused-ignore]

@@ -1,0 +1,144 @@
+"""What Ray starts instead of Python: a client, which has the node's fork server fork the process.
+
+    python forkclient.py <Ray's worker script> …
+
+Only the standard library, and little of it: this file is read and compiled for every process of
+Ray. Where anything goes wrong, or takes too long, the client becomes an ordinary worker process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+ADDRESS = "TST_RAY_FORK_SERVER"
+"""The environment variable with the path of the server's socket, where a driver started it."""
+
+LENGTH = 8
+"""Bytes, big-endian, of the length that goes before a request."""
+
+_BACKLOG = 128
+_ANSWER_S = 30.0  # a raylet gives up on a process after 60
+
+
+def start(arguments: list[str]) -> None:
+    """Have the server fork a process that runs `arguments`; where that fails, become it."""
+    try:
+        _ask(arguments)
+    except Exception as error:
+        print(f"not forked: {error!r}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _ask(arguments: list[str]) -> None:
+    body = json.dumps({"arguments": arguments, **_self_portrait()}).encode()
+    with _connection(_address(arguments)) as server:
+        _check_owner(server)
+        server.settimeout(_ANSWER_S)
+        socket.send_fds(server, [len(body).to_bytes(LENGTH, "big")], [0, 1, 2])
+        server.sendall(body)
+        try:
+            answer = server.recv(1)
+        except TimeoutError:
+            server.shutdown(socket.SHUT_RDWR)  # a child that comes from now on ends itself
+            answer = server.recv(1)
+        if not answer:
+            raise ConnectionError("the server does not serve")
+
+
+def _self_portrait() -> dict[str, Any]:
+    """What a raylet gave this process, and a child of the server would otherwise not have."""
+    import resource
+
+    with open("/proc/self/oom_score_adj") as file:
+        oom_score = file.read()
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "oom_score": oom_score,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
+    }
+
+
+def _check_owner(server: socket.socket) -> None:
+    """Tell the environment, with what secrets it has, to no other user's process."""
+    peer = server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    if int.from_bytes(peer[4:8], sys.byteorder) != os.getuid():
+        raise PermissionError("the server is another user's")
+
+
+def _address(arguments: list[str]) -> str:
+    """The server's socket: where the driver says, or beside the raylet's, one an environment."""
+    if ADDRESS in os.environ:
+        return os.environ[ADDRESS]
+    import hashlib
+
+    raylet = next(a.partition("=")[2] for a in arguments if a.startswith("--raylet-name="))
+    environment = json.dumps([sys.executable, sorted(os.environ.items())])
+    return f"{raylet}.{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
+
+
+def _connection(address: str) -> socket.socket:
+    """A connection to the server, which is started if there is none."""
+    import fcntl
+
+    lock = os.open(f"{address}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several first clients, one starts the server
+        try:
+            return _connect(address)
+        except OSError:
+            _start_server(address)
+            return _connect(address)
+    finally:
+        os.close(lock)
+
+
+def _connect(address: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    return connection
+
+
+def _start_server(address: str) -> None:
+    """Start a server; it can be connected to from now on, though it still imports.
+
+    The parent, which the raylet started, becomes the server, so that all workers descend from it;
+    this returns in the child, which goes on as the client.
+    """
+    listener, raylet = listen(address), os.getppid()
+    if os.fork() > 0:
+        listener.set_inheritable(True)
+        try:
+            os.execv(sys.executable, server_command(listener, parent=raylet))
+        except OSError:
+            os._exit(1)
+    listener.close()
+
+
+def listen(address: str) -> socket.socket:
+    """A socket at a path, for this user alone; in place of what a killed server left there."""
+    if os.path.exists(address):
+        os.unlink(address)
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o077)
+    listener.bind(address)
+    os.umask(before)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def server_command(listener: socket.socket, parent: int) -> list[str]:
+    """What to run, with the socket's descriptor inherited, to serve it until `parent` is gone."""
+    packages = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = f"import sys; sys.path[0] = {packages!r}; from tst_ray.forkserver import main; main()"
+    return [sys.executable, "-c", code, str(listener.fileno()), str(parent)]
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:])

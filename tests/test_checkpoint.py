@@ -13,15 +13,14 @@ import torch
 from tst_ray.checkpoint import (
     MARKER,
     META,
-    Checkpointer,
     committed,
     find_good,
     folder_name,
-    load_full,
-    make_scratch,
     read_meta,
 )
+from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
+from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
 
 
@@ -223,22 +222,6 @@ def test_a_remote_filesystem_works_the_same() -> None:
     save_steps(root, 10, 20)
     assert restored(root, Events())[0] == 20
     state = make_state(0)
-    load_full(committed(root)[0], state)
+    read_full(committed(root)[0].folder, state)
     assert torch.equal(state["model"]["w"], make_state(20)["model"]["w"])
     root.remove()
-
-
-def test_what_killed_processes_left_in_memory_is_removed() -> None:
-    import os
-    import subprocess
-    import sys
-
-    code = "from tst_ray.checkpoint import make_scratch; print(make_scratch())"
-    left = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
-    assert left.is_dir()
-    mine = make_scratch()
-    assert not left.exists()
-    assert make_scratch().parent == mine.parent
-    assert mine.is_dir()
-    for folder in mine.parent.glob(f"{mine.name.split('-')[0]}-*-{os.getpid()}-*"):
-        folder.rmdir()

@@ -30,14 +30,14 @@ def test_its_logits_are_the_trainers(run: Storage, tmp_path: Path) -> None:
     from torch.distributed.checkpoint import FileSystemReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tst_ray.checkpoint import load_full
+    from tst_ray.sharded import read_full
 
     model = AutoModelForCausalLM.from_pretrained(run.at("model"))
     newest = committed(run / "checkpoints")[0]
     entries = FileSystemReader(newest.folder.path).read_metadata().state_dict_metadata
     prefix = "model.hf_model."
     saved = {n: torch.empty(e.size) for n, e in entries.items() if n.startswith(prefix)}
-    load_full(newest, saved)
+    read_full(newest.folder, saved)
     trained = AutoModelForCausalLM.from_config(model.config)
     trained.load_state_dict({n.removeprefix(prefix): tensor for n, tensor in saved.items()})
     tokens = torch.arange(20).reshape(1, 20)

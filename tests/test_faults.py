@@ -89,14 +89,14 @@ def test_a_skipped_update_leaves_the_state_bit_for_bit(tmp_path: Path, manifest:
     with Faults().not_finite_at(8).injected():
         train_on(struck)
     folders = {info.step: info for info in committed(Storage(struck.run_url) / "checkpoints")}
-    from tst_ray.checkpoint import load_full
+    from tst_ray.sharded import read_full
 
     states = []
     for step in (7, 8):
         state = {
             name: torch.empty_like(t) for name, t in final_weights(Storage(struck.run_url)).items()
         }
-        load_full(folders[step], state)
+        read_full(folders[step].folder, state)
         states.append(state)
     assert same(*states)
 

@@ -23,9 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tests.test_checkpoint import Events, make_state, restored, save_steps
 from tst_ray import memory
-from tst_ray.checkpoint import DAMAGED, MARKER, META, committed, find_good, folder_name, load_full
+from tst_ray.checkpoint import DAMAGED, MARKER, META, committed, find_good, folder_name
 from tst_ray.errors import RunError
 from tst_ray.memory import Vaults
+from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
 
 PATIENCE_S = 120.0
@@ -427,7 +428,7 @@ def test_a_checkpoint_of_one_process_is_restored_in_another(
     assert torch.equal(state["model"]["w"], make_state(20)["model"]["w"])
     assert torch.equal(state["model"]["b"], make_state(20)["model"]["b"])
     full = make_state(0)
-    load_full(committed(root)[1], full)
+    read_full(committed(root)[1].folder, full)
     assert torch.equal(full["model"]["w"], make_state(10)["model"]["w"])
 
 

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from pipelines.manifest import Manifest
 from tests.faults import Faults
 from tests.tiny import make_config, make_corpus, make_job, run_inline
-from tst_ray.checkpoint import Checkpointer
+from tst_ray.checkpointer import Checkpointer
 from tst_ray.job import Place
 from tst_ray.storage import Storage
 

@@ -17,11 +17,12 @@ from pipelines.shards import Manifest
 from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.batches import micro_batches
-from tst_ray.checkpoint import Ranks, committed, folder_name, load_full
+from tst_ray.checkpoint import Ranks, committed, folder_name
 from tst_ray.errors import RunError
 from tst_ray.job import Place
 from tst_ray.journal import Journal, Writer
 from tst_ray.model import build_model, hf_config
+from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
 from tst_ray.worker import Trainer, seed_step, train
 
@@ -52,7 +53,7 @@ def final_weights(run: Storage) -> dict[str, torch.Tensor]:
         for name, entry in tensors.items()
         if hasattr(entry, "size")
     }
-    load_full(newest, state)
+    read_full(newest.folder, state)
     return state
 
 

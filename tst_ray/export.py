@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from tst_ray.checkpoint import CheckpointInfo, find_good, load_full
+from tst_ray.checkpoint import CheckpointInfo, find_good
 from tst_ray.config import Config
 from tst_ray.errors import RunError
 from tst_ray.metrics import add_event
@@ -46,6 +46,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     from pipelines.shards import Manifest
     from tst_ray.model import build_model, hf_config
+    from tst_ray.sharded import read_full
 
     transformers_logging.disable_progress_bar()
     config, plan = _read_run(run)
@@ -62,7 +63,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
         sharded=False,
     )
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    load_full(info, state)
+    read_full(info.folder, state)
     set_model_state_dict(model, state["model"])
 
     target = folder or (run / "model").url

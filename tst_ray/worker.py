@@ -27,14 +27,8 @@ from pipelines.order import digest, named_spans, span_hashes
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
 from tst_ray.batches import Validation, micro_batches, timed
-from tst_ray.checkpoint import (
-    Checkpointer,
-    CheckpointInfo,
-    Ranks,
-    committed,
-    find_good,
-    forget_after,
-)
+from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
+from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place

@@ -32,7 +32,8 @@ def checkpoint() -> list[Figure]:
 def _measured(state: dict[str, Any], saves: int) -> list[Figure]:
     import torch
 
-    from tst_ray.checkpoint import Checkpointer, find_good
+    from tst_ray.checkpoint import find_good
+    from tst_ray.checkpointer import Checkpointer
 
     num_bytes = sum(t.numel() * t.element_size() for t in _tensors(state))
     stall: dict[str, list[float]] = {"foreground": [], "background": []}

@@ -1,0 +1,77 @@
+"""A checkpoint's files: what is said of them is what lies on the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tst_ray import sharded
+from tst_ray.sharded import make_scratch, read_full, write
+from tst_ray.storage import Storage
+
+
+def make_state() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"w{i}": torch.randn(50, 41 + i, generator=generator) for i in range(6)}
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5_000, 1 << 30])
+def test_files_are_hashed_on_the_way_as_they_lie_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(sharded, "_PIECE_BYTES", piece_bytes)
+    entries = write(make_state(), tmp_path)
+    assert [entry["name"] for entry in entries] == [".metadata", "__0_0.distcp"]
+    assert {entry["name"] for entry in entries} == {path.name for path in tmp_path.iterdir()}
+    for entry in entries:
+        content = (tmp_path / entry["name"]).read_bytes()
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    state = {name: torch.zeros_like(value) for name, value in make_state().items()}
+    read_full(Storage(str(tmp_path)), state)
+    assert all(torch.equal(state[name], value) for name, value in make_state().items())
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_only_the_disk_reports_fails_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """A disk may take the bytes and fail later, when they are to be made to stay."""
+    monkeypatch.setattr(sharded, "_PIECE_BYTES", 20_000)
+    calls = iter(range(100))
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(make_state(), tmp_path)
+
+
+def test_no_thread_stays_behind_a_written_file(tmp_path: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    write(make_state(), tmp_path)
+    assert threading.active_count() == before
+
+
+def test_what_killed_processes_left_in_memory_is_removed() -> None:
+    code = "from tst_ray.sharded import make_scratch; print(make_scratch())"
+    left = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
+    assert left.is_dir()
+    mine = make_scratch()
+    assert not left.exists()
+    assert make_scratch().parent == mine.parent
+    assert mine.is_dir()
+    for folder in mine.parent.glob(f"{mine.name.split('-')[0]}-*-{os.getpid()}-*"):
+        folder.rmdir()

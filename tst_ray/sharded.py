@@ -1,0 +1,193 @@
+"""The files of a checkpoint: torch.distributed.checkpoint's, each rank its own, hashed on the way.
+
+    Stager     a copy of the state in host memory, so that training can go on
+    write      the copy into files, whose sizes and SHA-256 are known when it returns
+    read       files into tensors, resharded to how these are laid out
+
+What makes a set of such files a checkpoint is decided in `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from tst_ray.storage import Storage
+
+_SCRATCH = "tst-ray-checkpoint-"
+_PIECE_BYTES = 16 << 20  # hashed, and sent to the disk, at a time
+
+
+class Stager:
+    """Copies a state to host memory before it changes, each time into the same memory.
+
+    New memory takes longer to get than to fill. It is pinned where there is a GPU to copy from.
+    """
+
+    def __init__(self) -> None:
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+
+    def stage(self, state: dict[str, Any]) -> Any:
+        """A copy, which the next call overwrites."""
+        staged = self._stager.stage(state)
+        if not self._stager.cache_staged_state_dict:
+            # On its own, the stager would only pin memory to keep, and that takes a GPU.
+            self._stager.cache_staged_state_dict = True
+            self._stager.state_dict_cache = staged
+        return staged
+
+
+def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
+    """Write this rank's files into a local folder; collective. They have reached the disk.
+
+    Returns:
+        each file's name, bytes and sha256.
+
+    Raises:
+        OSError: on every rank, where any could not.
+    """
+    files = _HashedFiles()
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, overwrite=True)
+    writer.fs = files
+    with _ordinary_errors():
+        dcp.save(staged, storage_writer=writer, process_group=group)
+    return [files.entries[name] for name in sorted(files.entries)]
+
+
+def read(folder: Storage, state: dict[str, Any], group: Any = None) -> None:
+    """Load files into `state`, tensors in place and laid out as they are here; collective."""
+    with _ordinary_errors():
+        dcp.load(state, storage_reader=_reader(folder), process_group=group)
+
+
+def read_full(folder: Storage, state: dict[str, Any]) -> None:
+    """Load files into full tensors in one process, without a process group."""
+    with _ordinary_errors():
+        dcp.load(state, storage_reader=_reader(folder), no_dist=True)
+
+
+def make_scratch() -> Path:
+    """A folder for files that are sent on at once: in memory, where that is possible.
+
+    What processes left there that were killed in the middle of a save is removed first.
+    """
+    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    for left in root.glob(f"{_SCRATCH}*"):
+        if not Path(f"/proc/{left.name.removeprefix(_SCRATCH).partition('-')[0]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=root))
+
+
+class _HashedFiles(FileSystem):
+    """Local files as DCP writes them, and what each came to.
+
+    Attributes:
+        entries: the bytes and SHA-256 of each file written, by its name.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        """A file to write, or to read."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _HashedFile(path) as file:
+            yield file
+        self.entries[Path(path).name] = {"name": Path(path).name, **file.result()}
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        """Give a file its final name."""
+        super().rename(path, new_path)
+        name = Path(new_path).name
+        self.entries[name] = {**self.entries.pop(Path(path).name), "name": name}
+
+
+class _HashedFile(io.BufferedWriter):
+    """A file to write, which a thread reads behind the writer, hashes and sends to the disk.
+
+    So neither hashing nor the disk is waited for in full once the last byte is written. The disk's
+    errors come back to the writer, too: the thread's own opening of the file takes none from it.
+    """
+
+    def __init__(self, path: Any) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._digest = hashlib.sha256()
+        self._handed_over = 0
+        self._behind = io.FileIO(path)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._pieces: list[Future[None]] = []
+
+    def write(self, data: Any) -> int:
+        """Add bytes, and pass on what makes a whole piece."""
+        written = super().write(data)
+        if self.tell() - self._handed_over >= _PIECE_BYTES:
+            self._hand_over()
+        return written
+
+    def close(self) -> None:
+        """Pass on what is left, and close; once closed, nothing."""
+        if self.closed:
+            return
+        try:
+            self._hand_over()
+        finally:
+            self._thread.shutdown()  # behind the file's end by now, or at its first error
+            self._behind.close()
+            super().close()
+
+    def result(self) -> dict[str, Any]:
+        """The closed file's bytes and sha256; raises what its thread met."""
+        for piece in self._pieces:
+            piece.result()
+        return {"bytes": self._handed_over, "sha256": self._digest.hexdigest()}
+
+    def _hand_over(self) -> None:
+        self.flush()
+        num_bytes, self._handed_over = self.tell() - self._handed_over, self.tell()
+        self._pieces.append(self._thread.submit(self._hash, num_bytes))
+
+    def _hash(self, num_bytes: int) -> None:
+        """In the thread: hash the file's next bytes, and see them to the disk."""
+        while num_bytes:
+            content = self._behind.read(min(num_bytes, 1 << 20))
+            if not content:
+                raise OSError(f"{self.name}: ended {num_bytes} bytes early")
+            self._digest.update(content)
+            num_bytes -= len(content)
+        os.fsync(self._behind.fileno())
+
+
+@contextlib.contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """DCP's own exception is a BaseException, which passes by every `except Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [str(cause) for cause, _ in error.failures.values()]
+        raise OSError(causes[0] if causes else "the checkpoint failed") from error
+
+
+def _reader(folder: Storage) -> Any:
+    if folder.is_local:
+        return dcp.FileSystemReader(folder.path)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(folder.url)

@@ -229,6 +229,7 @@ class RayTarget:
     def __init__(self, address: str) -> None:
         self._gcs = Gcs(address)
         self._joined = False
+        self._ends: list[tuple[float, Any]] = []  # when a node ends, and the task that sees to it
 
     def workers(self, driver: Driver | None) -> list[TrainWorker]:
         return self._gcs.train_workers(driver)
@@ -265,6 +266,10 @@ class RayTarget:
         if self._joined:
             import ray
 
+            # Ray ends a job's tasks with it: those that are about to end a node come first.
+            due = [task.completed() for at, task in self._ends if at <= time.time()]
+            if due:
+                ray.wait(due, num_returns=len(due), timeout=_TASK_TIMEOUT_S)
             ray.shutdown()
             self._joined = False
 
@@ -285,6 +290,7 @@ class RayTarget:
         if not ray.wait([started], timeout=_TASK_TIMEOUT_S)[0]:
             ray.cancel(started)
             raise NotNow(f"node {node_id} starts no task")
+        self._ends.append((at, started))
         try:
             ray.get(next(started))
         except (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):

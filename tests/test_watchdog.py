@@ -24,8 +24,8 @@ from tst_ray.timeouts import Bounds
 from tst_ray.watchdog import Watchdog
 dog = Watchdog({run!r}, Bounds({least}, {least}), attempt=3, rank=1)
 dog.expect("step", 7)
-print("ready", flush=True)
 def where_it_stands():
+    print("ready", flush=True)
     {body}
 where_it_stands()
 dog.close()

@@ -181,7 +181,7 @@ def feed_of(steps: int, num_sequences: int = 16, length: int = 64, bag: int = 4)
     source = StreamSource("s", 10**9, 1.0)
     cut = Cut(0, steps, num_sequences, length * bag, bag)
     order = Order((source,), (cut,), 65_536, 1 << 24, 0)
-    return Feed("/nowhere", "/nowhere", "", order, 0, bag)
+    return Feed("/nowhere", "/nowhere", "", order, 0, bag, "uint16")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])

@@ -36,7 +36,8 @@ def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
     )
     order = Order(sources, cuts, block_tokens=64, shuffle_tokens=256, seed=seed)
     path = f"{manifest.folder}/manifest.json"
-    return Feed(manifest.folder, path, manifest.fingerprint, order, phase, BAG if phase == 0 else 1)
+    bag = BAG if phase == 0 else 1
+    return Feed(manifest.folder, path, manifest.fingerprint, order, phase, bag, manifest.dtype)
 
 
 def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
@@ -130,7 +131,7 @@ def test_shards_of_another_corpus_are_refused(tmp_path: Path) -> None:
 def test_a_feed_is_small_however_large_the_corpus() -> None:
     order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10**6, 16_384, 65_536, 16),),
                   1 << 20, 1 << 28, 0)  # fmt: skip
-    feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, 0, 16)
+    feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, 0, 16, "uint16")
     assert len(pickle.dumps(feed)) < 1_000
 
 
@@ -189,7 +190,7 @@ def test_a_long_phase_is_read_in_parts_of_few_tasks() -> None:
     order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 12_483, 2_048, 65_536, 16), cut),
                   1 << 20, 1 << 28, 0)  # fmt: skip
     for phase in (0, 1):
-        feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, phase, 16)
+        feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, phase, 16, "uint32")
         parts = feed.parts(512)
         first = order.cuts[phase].first_step
         assert parts[0][0] == first

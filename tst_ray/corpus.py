@@ -108,6 +108,14 @@ def build_feeds(
     """One feed a phase, over the manifest at `path` (unless given, that of the shards)."""
     path = path or f"{manifest.folder}/manifest.json"
     return tuple(
-        Feed(manifest.folder, path, manifest.fingerprint, order, phase.index, phase.input_bag)
+        Feed(
+            manifest.folder,
+            path,
+            manifest.fingerprint,
+            order,
+            phase.index,
+            phase.input_bag,
+            manifest.dtype,
+        )
         for phase in plan.phases
     )

@@ -29,7 +29,7 @@ from tst_ray.bench.measure import Figure
 
 _LENGTH, _SEQUENCES = 2048, 16
 _BAGS = (1, 6, 16)
-_STEPS = 64
+_SHORT, _LONG = 64, 4096  # steps: what a token costs is the difference, without the start
 _TEXT_MB = 16
 
 Texts = list[str]
@@ -139,19 +139,22 @@ def _feed(manifest: Manifest, s: int, steps: int) -> Feed:
     source = StreamSource("text", manifest.sources[0].train.tokens, 1.0)
     cut = Cut(0, steps, _SEQUENCES, length, s)
     order = Order((source,), (cut,), manifest.row_tokens, 1 << 24, 0)
-    return Feed(
-        manifest.folder, f"{manifest.folder}/manifest.json", manifest.fingerprint, order, 0, s
-    )
+    place = f"{manifest.folder}/manifest.json"
+    return Feed(manifest.folder, place, manifest.fingerprint, order, 0, s, manifest.dtype)
 
 
 def _ingest(manifest: Manifest, folder: str, s: int) -> Iterator[Figure]:
-    num_tokens = _STEPS * _SEQUENCES * _LENGTH * s
-    feed = _feed(manifest, s, _STEPS)
-    rates = {"Ray Data": num_tokens / _cpu_s(lambda: _drain(_through_ray(feed, 0)))}
-    for name, batches in _other_loaders(folder, s):
-        rates[name] = num_tokens / _cpu_s(lambda batches=batches: _drain(batches()))  # type: ignore[misc]
-    for name, rate in rates.items():
-        yield Figure(f"s = {s}: {name}", rate, "tokens/s and core")
+    rates = {}
+    more = _LONG // s  # steps, so that every bag size reads as many tokens
+    for name, batches in _loaders(manifest, folder, s):
+        _drain(batches(_SHORT))  # starts what needs to be started
+        short, long = (
+            _cpu_s(lambda steps=steps, batches=batches: _drain(batches(steps)))  # type: ignore[misc]
+            for steps in (_SHORT, _SHORT + more)
+        )
+        rates[name] = more * _SEQUENCES * _LENGTH * s / max(long - short, 1e-9)
+        yield Figure(f"s = {s}: {name}", rates[name], "tokens/s and core")
+        yield Figure(f"s = {s}: {name}, to start and read {_SHORT} steps", short, "CPU s")
     for name in rates.keys() - {"Ray Data"}:
         at_least = 1.0 if "streaming" in name else None
         yield Figure(
@@ -160,53 +163,63 @@ def _ingest(manifest: Manifest, folder: str, s: int) -> Iterator[Figure]:
         )  # fmt: skip
 
 
+def _loaders(
+    manifest: Manifest, folder: str, s: int
+) -> Iterator[tuple[str, Callable[[int], Iterator[Any]]]]:
+    """Loaders of so many steps of tokens (int64), in a random order: ours, torch's, MosaicML's."""
+    length = _LENGTH * s + s
+    yield "Ray Data", lambda steps: _through_ray(_feed(manifest, s, steps), 0)
+    yield "torch's DataLoader", lambda steps: _mapped(folder, length, steps)
+    if importlib.util.find_spec("streaming"):
+        yield "MosaicML streaming", lambda steps: _mosaic(folder, length, steps)
+
+
 def _through_ray(feed: Feed, step: int) -> Iterator[Any]:
     import ray.data
 
     from pipelines.ingest import ray_dataset
 
-    dataset = ray_dataset(feed, step, min(step + _STEPS, feed.last_step), 1)
-    dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
-    dataset.context.enable_progress_bars = False
-    (split,) = dataset.streaming_split(1, equal=True)
-    yield from split.iter_batches(batch_size=_SEQUENCES, batch_format="numpy", prefetch_batches=4)
+    for first, last in feed.parts(1):
+        if last <= step:
+            continue
+        dataset = ray_dataset(feed, max(step, first), last, 1)
+        dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+        dataset.context.enable_progress_bars = False
+        (split,) = dataset.streaming_split(1, equal=True)
+        for batch in split.iter_batches(
+            batch_size=_SEQUENCES, batch_format="numpy", prefetch_batches=4
+        ):
+            yield batch["tokens"].astype(np.int64)
 
 
-def _other_loaders(folder: str, s: int) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
-    """Loaders of the same tokens, in a random order: torch's, and MosaicML's where it is."""
+def _mapped(folder: str, length: int, steps: int) -> Iterator[Any]:
+    """torch's DataLoader over a memory map."""
     import torch
-
-    length = _LENGTH * s + s
 
     class Mapped(torch.utils.data.Dataset[Any]):
         def __init__(self) -> None:
             self.tokens = np.load(f"{folder}/tokens.npy", mmap_mode="r")
 
         def __len__(self) -> int:
-            return _STEPS * _SEQUENCES
+            return steps * _SEQUENCES
 
         def __getitem__(self, index: int) -> Any:
             start = index * 7919 * length % (len(self.tokens) - length)
             return torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
 
-    yield (
-        "torch's DataLoader",
-        lambda: iter(torch.utils.data.DataLoader(Mapped(), batch_size=_SEQUENCES, num_workers=1)),
-    )
-    if importlib.util.find_spec("streaming"):
-        yield "MosaicML streaming", lambda: _mosaic(folder, s, length)
+    return iter(torch.utils.data.DataLoader(Mapped(), batch_size=_SEQUENCES, num_workers=1))
 
 
-def _mosaic(folder: str, s: int, length: int) -> Iterator[Any]:
+def _mosaic(folder: str, length: int, steps: int) -> Iterator[Any]:
     """MosaicML's StreamingDataset over the same tokens, written in its format first."""
     import torch
     from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found,unused-ignore]
 
-    place = f"{folder}/mds-{s}"
+    place = f"{folder}/mds-{length}-{steps}"
     tokens = np.load(f"{folder}/tokens.npy", mmap_mode="r")
     if not Path(place).exists():
         with MDSWriter(out=place, columns={"tokens": "bytes"}) as writer:
-            for number in range(_STEPS * _SEQUENCES):
+            for number in range(steps * _SEQUENCES):
                 start = number * length % (len(tokens) - length)
                 writer.write({"tokens": tokens[start : start + length].tobytes()})
 
@@ -232,7 +245,6 @@ def _cpu_s(call: Callable[[], Any]) -> float:
 
     Those of the whole machine, less what it takes at rest: Ray's processes are many.
     """
-    call()  # starts what needs to be started
     idle = _busy_s(lambda: time.sleep(1.0))
     started = time.monotonic()
     busy = _busy_s(call)
@@ -281,7 +293,10 @@ def scale() -> list[Figure]:
         Cut(steps // 4, steps - steps // 4, sequences, length, 1),
     )
     order = Order((StreamSource("all", tokens, 1.0),), cuts, row, 1 << 30, 0)
-    feeds = [Feed("/nowhere", "/nowhere", "", order, phase, bag) for phase, bag in ((0, 6), (1, 1))]
+    feeds = [
+        Feed("/nowhere", "/nowhere", "", order, phase, bag, "uint32")
+        for phase, bag in ((0, 6), (1, 1))
+    ]
     late = steps - 1000
 
     started = time.perf_counter()

@@ -25,7 +25,7 @@ import numpy as np
 
 from pipelines.bags import fold_bags
 from pipelines.errors import DataError
-from pipelines.order import Order, Spans, rank_slots, rows_per_rank
+from pipelines.order import Int64, Order, Spans, rank_slots, rows_per_rank, span_hashes
 from pipelines.shards import Manifest, TokenReader
 
 Columns = dict[str, Any]  # column name -> array whose first axis is the row
@@ -115,23 +115,33 @@ class Feed:
             id columns `step`, `slot`, `source`, `epoch`, `offset`, each int64 [n], and `tokens`
             [n, data_length + lookahead]; n = steps · rows_per_rank. A filler row has slot −1.
         """
-        cut, height = self.order.cuts[self.phase], self.rows_per_rank(world_size)
-        num_steps = last_step - first_step
-        columns: Columns = {name: np.zeros(num_steps * height, np.int64) for name in _ID_COLUMNS}
-        columns["step"][:] = np.repeat(np.arange(first_step, last_step), height)
-        columns["slot"][:] = FILLER
-        length = cut.data_length + cut.lookahead
-        columns["tokens"] = np.zeros((num_steps * height, length), np.dtype(self.dtype))
-        slots = rank_slots(cut.num_sequences, world_size, rank)
-        slot = np.arange(slots.start, slots.stop)
-        mine = self.order.spans(first_step, last_step, slots)
-        # In each step real rows come first, fillers last.
-        rows = (np.arange(num_steps)[:, np.newaxis] * height + np.arange(len(slot))).ravel()
-        columns["slot"][rows] = np.tile(slot, num_steps)
-        columns["source"][rows], columns["epoch"][rows] = mine.source, mine.epoch
-        columns["offset"][rows] = mine.offset
-        self._gather(mine, rows, columns["tokens"])
-        return columns
+        ids, mine = self.ids(first_step, last_step, rank, world_size)
+        flat = ids.reshape(-1, len(_ID_COLUMNS))
+        columns: Columns = {name: flat[:, i].copy() for i, name in enumerate(_ID_COLUMNS)}
+        cut = self.order.cuts[self.phase]
+        tokens = np.zeros((len(flat), cut.data_length + cut.lookahead), np.dtype(self.dtype))
+        self._gather(mine, np.flatnonzero(columns["slot"] != FILLER), tokens)
+        return {**columns, "tokens": tokens}
+
+    def ids(
+        self, first_step: int, last_step: int, rank: int, world_size: int
+    ) -> tuple[np.ndarray[Any, Any], Spans]:
+        """What identifies one rank's rows of steps [first_step, last_step).
+
+        Returns:
+            the id columns, int64 [steps, rows_per_rank, 5], in each step real rows first and
+            fillers last; and the spans of the real rows, in that order.
+        """
+        steps = np.arange(first_step, last_step)
+        slots = rank_slots(self.order.cuts[self.phase].num_sequences, world_size, rank)
+        real = slots.stop - slots.start
+        spans = self.order.spans(first_step, last_step, slots)
+        ids = np.zeros((len(steps), self.rows_per_rank(world_size), len(_ID_COLUMNS)), np.int64)
+        ids[..., 0], ids[..., 1] = steps[:, np.newaxis], FILLER
+        ids[:, :real, 1] = np.arange(slots.start, slots.stop)
+        for column, values in enumerate((spans.source, spans.epoch, spans.offset), start=2):
+            ids[:, :real, column] = values.reshape(len(steps), real)
+        return ids, spans
 
     def _gather(self, spans: Spans, rows: Any, out: np.ndarray[Any, Any]) -> None:
         """Fill out[rows[i]] with the stream tokens from the start of span i."""
@@ -146,33 +156,27 @@ class BatchMismatch(DataError):
     """A worker received another batch than the plan says."""
 
 
-def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: int) -> Spans:
+def check_batch(batch: Columns, feed: Feed, step: int, rank: int, world_size: int) -> Int64:
     """Compare a received local batch with the plan, row by row.
 
     Returns:
-        the spans of its real rows, in slot order.
+        what it adds to the step's `data_digest`: the sum of its `span_hashes`, [8].
 
     Raises:
         BatchMismatch: with the id that came and the id the plan says.
     """
-    slots = rank_slots(feed.order.cuts[feed.phase].num_sequences, world_size, rank)
-    spans = _planned(feed, step, slots)
-    height, real = feed.rows_per_rank(world_size), len(spans)
-    want = np.zeros((height, len(_ID_COLUMNS)), np.int64)
-    want[:, 0], want[:, 1] = step, FILLER
-    want[:real, 1] = np.arange(slots.start, slots.stop)
-    want[:real, 2], want[:real, 3], want[:real, 4] = spans.source, spans.epoch, spans.offset
+    want, lanes = _planned(feed, step, rank, world_size)
     came = np.stack([batch[name] for name in _ID_COLUMNS], axis=1)
     if came.shape != want.shape or not np.array_equal(came, want):
         raise BatchMismatch(
             f"rank {rank} of {world_size} at step {step + 1} received {_describe(came)}, but the "
             f"plan says {_describe(want)}; nothing was trained on it"
         )
-    return spans
+    return lanes
 
 
-def _planned(feed: Feed, step: int, slots: slice) -> Spans:
-    """A rank's part of a planned batch; worked out for many steps at a time, which costs as much.
+def _planned(feed: Feed, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
+    """Ids and summed hashes of a local batch; worked out for many steps, which costs as much.
 
     Raises:
         IndexError: the step is not of the feed's phase.
@@ -182,17 +186,21 @@ def _planned(feed: Feed, step: int, slots: slice) -> Spans:
         raise IndexError(f"step {step} is not of phase {feed.phase + 1}")
     first = step - (step - cut.first_step) % _PLANNED_STEPS
     last = min(first + _PLANNED_STEPS, feed.last_step)
-    spans = _planned_ahead(feed.order, first, last, slots.start, slots.stop)
-    begin = (step - first) * (slots.stop - slots.start)
-    return spans.select(slice(begin, begin + slots.stop - slots.start))
+    ids, lanes = _planned_ahead(feed, first, last, rank, world_size)
+    return ids[step - first], lanes[step - first]
 
 
 @lru_cache(maxsize=2)
-def _planned_ahead(order: Order, first: int, last: int, start: int, stop: int) -> Spans:
-    spans = order.spans(first, last, slice(start, stop))
-    for array in (spans.source, spans.epoch, spans.offset):
+def _planned_ahead(
+    feed: Feed, first: int, last: int, rank: int, world_size: int
+) -> tuple[Int64, Int64]:
+    ids, spans = feed.ids(first, last, rank, world_size)
+    hashes = span_hashes(spans, feed.salt)
+    num_steps = last - first
+    lanes = hashes.reshape(num_steps, len(spans) // num_steps, hashes.shape[1]).sum(axis=1)
+    for array in (ids, lanes):
         array.setflags(write=False)  # it is handed out again
-    return spans
+    return ids, lanes
 
 
 def _describe(ids: np.ndarray[Any, Any]) -> str:

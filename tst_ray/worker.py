@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipelines.ingest import BatchMismatch, Columns, check_batch, load_manifest
-from pipelines.order import digest, named_spans, span_hashes
+from pipelines.order import digest, named_spans
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
 from tst_ray.batches import Validation, micro_batches, timed
@@ -178,7 +178,7 @@ class Trainer:
         self.expect("step", step)
         started = time.perf_counter()
         feed = self.job.feeds[phase.index]
-        spans = check_batch(batch, feed, step, self.place.rank, self.place.world_size)
+        lanes = check_batch(batch, feed, step, self.place.rank, self.place.world_size)
         passed_over = self.passed_over(step)
         lr = self.config.train.learning_rate * self.plan.lr_multiplier(step)
         losses = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2)]
@@ -188,7 +188,6 @@ class Trainer:
             losses = self._backward(phase, batch)
             norm = float(clip_grad_norm(self.model, self.config.train.clip_norm))
 
-        lanes = span_hashes(spans, feed.salt).sum(axis=0)
         sums = self.all_sum(losses, [*lanes.tolist(), self._wish()])
         self.stop_reason = STOPS[int(sums[-1]) - 1] if sums[-1] else None
         mark: str | None = PASSED_OVER

@@ -41,19 +41,33 @@ def test_files_are_hashed_on_the_way_as_they_lie_on_the_disk(
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-def test_what_only_the_disk_reports_fails_the_write(
+def test_what_cannot_be_hashed_fails_the_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """A disk may take the bytes and fail later, when they are to be made to stay."""
     monkeypatch.setattr(sharded, "_PIECE_BYTES", 20_000)
-    calls = iter(range(100))
+    real, calls = sharded._HashedFile._hash, iter(range(100))
 
-    def fsync(descriptor: int) -> None:
+    def hash_(file: sharded._HashedFile, num_bytes: int) -> None:
         if next(calls) == failing:
             raise OSError(errno.EIO, "Input/output error")
+        real(file, num_bytes)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(sharded._HashedFile, "_hash", hash_)
     with pytest.raises(OSError, match="Input/output error"):
+        write(make_state(), tmp_path)
+
+
+def test_a_file_that_was_cut_meanwhile_fails_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sharded._HashedFile._hash
+
+    def hash_(file: sharded._HashedFile, num_bytes: int) -> None:
+        os.truncate(file.name, 100)
+        real(file, num_bytes)
+
+    monkeypatch.setattr(sharded._HashedFile, "_hash", hash_)
+    with pytest.raises(OSError, match=r"ended .* bytes early"):
         write(make_state(), tmp_path)
 
 

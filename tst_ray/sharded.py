@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from tst_ray.storage import Storage
 
 _SCRATCH = "tst-ray-checkpoint-"
-_PIECE_BYTES = 16 << 20  # hashed, and sent to the disk, at a time
+_PIECE_BYTES = 16 << 20  # hashed at a time
 
 
 class Stager:
@@ -121,10 +121,10 @@ class _HashedFiles(FileSystem):
 
 
 class _HashedFile(io.BufferedWriter):
-    """A file to write, which a thread reads behind the writer, hashes and sends to the disk.
+    """A file to write, which a thread behind the writer reads and hashes.
 
-    So neither hashing nor the disk is waited for in full once the last byte is written. The disk's
-    errors come back to the writer, too: the thread's own opening of the file takes none from it.
+    So hashing passes while the rest is written, and while the disk takes it. What the thread reads
+    is what the file has, not what the writer meant.
     """
 
     def __init__(self, path: Any) -> None:
@@ -165,14 +165,13 @@ class _HashedFile(io.BufferedWriter):
         self._pieces.append(self._thread.submit(self._hash, num_bytes))
 
     def _hash(self, num_bytes: int) -> None:
-        """In the thread: hash the file's next bytes, and see them to the disk."""
+        """In the thread: hash the file's next bytes."""
         while num_bytes:
             content = self._behind.read(min(num_bytes, 1 << 20))
             if not content:
                 raise OSError(f"{self.name}: ended {num_bytes} bytes early")
             self._digest.update(content)
             num_bytes -= len(content)
-        os.fsync(self._behind.fileno())
 
 
 @contextlib.contextmanager

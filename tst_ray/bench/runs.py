@@ -243,7 +243,8 @@ def bare_steps(overrides: list[str], steps: int) -> None:
 def switch() -> list[Figure]:
     """The pause between the phases: in one worker group, and from one worker to two."""
     prepared_demo()
-    settings = {"train.steps": 200, "tst.ratio": 0.5, "metrics.val_sequences": 1}
+    # No checkpoint falls on the step between.
+    settings = {"train.steps": 300, "tst.ratio": 0.5, "metrics.val_sequences": 1}
     inside = _trained({**settings, "cluster.workers": 1, "tst.workers": 1})
     steps = _step_s([record for record in inside if record["phase"] == 1])
     across = _pause(_trained({**settings, "cluster.workers": 2, "tst.workers": 1}))

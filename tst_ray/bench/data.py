@@ -29,6 +29,7 @@ from tst_ray.bench.measure import Figure
 
 _LENGTH, _SEQUENCES = 2048, 16
 _BAGS = (1, 6, 16)
+_STEP_S = 0.1
 _SHORT, _LONG = 64, 4096  # steps: what a token costs is the difference, without the start
 _TEXT_MB = 16
 
@@ -155,12 +156,28 @@ def _ingest(manifest: Manifest, folder: str, s: int) -> Iterator[Figure]:
         rates[name] = more * _SEQUENCES * _LENGTH * s / max(long - short, 1e-9)
         yield Figure(f"s = {s}: {name}", rates[name], "tokens/s and core")
         yield Figure(f"s = {s}: {name}, to start and read {_SHORT} steps", short, "CPU s")
+    share = _wait_share(manifest, s)
+    yield Figure(f"s = {s}: Ray Data, waited for of steps of 0.1 s", share, "x", 0.01)
     for name in rates.keys() - {"Ray Data"}:
         at_least = 1.0 if "streaming" in name else None
         yield Figure(
             f"s = {s}: Ray Data against {name}", rates["Ray Data"] / rates[name], "x",
             at_least=at_least,
         )  # fmt: skip
+
+
+def _wait_share(manifest: Manifest, s: int) -> float:
+    """How much of the time of steps that take `_STEP_S` is waiting for their batch."""
+    batches = _through_ray(_feed(manifest, s, 2 * _SHORT), 0)
+    next(batches)
+    waited, started = 0.0, time.perf_counter()
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            return waited / (time.perf_counter() - started)
+        time.sleep(_STEP_S)
 
 
 def _loaders(
@@ -245,7 +262,8 @@ def _cpu_s(call: Callable[[], Any]) -> float:
 
     Those of the whole machine, less what it takes at rest: Ray's processes are many.
     """
-    idle = _busy_s(lambda: time.sleep(1.0))
+    # What came before may still be ending in the first of these seconds.
+    idle = min(_busy_s(lambda: time.sleep(1.0)) for _ in range(3))
     started = time.monotonic()
     busy = _busy_s(call)
     return max(busy - idle * (time.monotonic() - started), 1e-9)

@@ -272,6 +272,7 @@ class RayTarget:
                 ray.wait(due, num_returns=len(due), timeout=_TASK_TIMEOUT_S)
             ray.shutdown()
             self._joined = False
+            self._ends.clear()
 
     def _run_on(self, node_id: str, function: Callable[..., Any], *arguments: Any) -> None:
         """Run a function on a node, to its end."""

@@ -25,7 +25,8 @@ import numpy as np
 
 from pipelines.bags import fold_bags
 from pipelines.errors import DataError
-from pipelines.order import Int64, Order, Spans, rank_slots, rows_per_rank, span_hashes
+from pipelines.order import Order, Spans, rank_slots, rows_per_rank, span_hashes
+from pipelines.permute import Int64
 from pipelines.shards import Manifest, TokenReader
 
 Columns = dict[str, Any]  # column name -> array whose first axis is the row
@@ -76,7 +77,7 @@ class Feed:
 
     @property
     def row_bytes(self) -> int:
-        """What a row of a block takes."""
+        """Bytes of a row of a block: its tokens and its ids."""
         cut = self.order.cuts[self.phase]
         tokens = (cut.data_length + cut.lookahead) * np.dtype(self.dtype).itemsize
         return tokens + 8 * len(_ID_COLUMNS)

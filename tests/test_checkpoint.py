@@ -185,6 +185,11 @@ def test_the_last_ones_are_kept(root: Storage) -> None:
     assert root.names() == [folder_name(30), folder_name(40)]
 
 
+def test_the_last_ones_are_kept_where_the_steps_get_a_digit_more(root: Storage) -> None:
+    save_steps(root, 99_999_999, 100_000_000, 100_000_001, keep=2)
+    assert root.names() == [folder_name(100_000_000), folder_name(100_000_001)]
+
+
 def test_leftovers_of_an_interrupted_save_go(root: Storage) -> None:
     (root / folder_name(5)).write("half.distcp", b"x")
     save_steps(root, 10)

@@ -14,7 +14,15 @@ import pytest
 from pipelines.bagging import BaggingPreprocessor
 from pipelines.bags import fold_bags
 from pipelines.errors import DataError
-from pipelines.ingest import FILLER, BatchMismatch, Feed, check_batch, ray_dataset, read_inline
+from pipelines.ingest import (
+    _BLOCK_BYTES,
+    FILLER,
+    BatchMismatch,
+    Feed,
+    check_batch,
+    ray_dataset,
+    read_inline,
+)
 from pipelines.order import Cut, Order, StreamSource
 from pipelines.shards import Manifest
 from tests.corpora import position_tokens, write_corpus
@@ -200,6 +208,20 @@ def test_a_long_phase_is_read_in_parts_of_few_tasks() -> None:
             tasks = [len(feed.chunks(*part, workers)) * workers for part in parts]
             assert max(tasks) <= 8_192
         assert len(parts) < 2_000
+
+
+def test_a_block_is_as_large_as_its_tokens_take() -> None:
+    """A vocabulary that fits into 16 bits gets twice the steps into a block."""
+    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10_000, 16, 32_768, 16),),
+                  1 << 20, 1 << 28, 0)  # fmt: skip
+    steps = {}
+    for dtype in ("uint16", "uint32"):
+        feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, 0, 16, dtype)
+        (first, last), *_ = feed.chunks(0, 10_000, 1)
+        steps[dtype] = last - first
+        one_more = (last - first + 1) * feed.rows_per_rank(1) * feed.row_bytes
+        assert one_more > _BLOCK_BYTES >= one_more - feed.rows_per_rank(1) * feed.row_bytes
+    assert steps["uint16"] == pytest.approx(2 * steps["uint32"], abs=1)
 
 
 def test_bagging_is_a_ray_data_preprocessor() -> None:

@@ -54,8 +54,13 @@ class Stager:
 def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
     """Write this rank's files into a local folder; collective. They have reached the disk.
 
+    Args:
+        staged: tensors, DTensors and plain values by name; must not change meanwhile.
+        folder: there already, and empty.
+        group: the ranks that save together; None for this process alone, or the default group.
+
     Returns:
-        each file's name, bytes and sha256.
+        each file's `name`, `bytes` and `sha256` (hex).
 
     Raises:
         OSError: on every rank, where any could not.
@@ -69,13 +74,21 @@ def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
 
 
 def read(folder: Storage, state: dict[str, Any], group: Any = None) -> None:
-    """Load files into `state`, tensors in place and laid out as they are here; collective."""
+    """Load files into `state`, tensors in place and laid out as they are here; collective.
+
+    Raises:
+        OSError: on every rank, where any could not.
+    """
     with _ordinary_errors():
         dcp.load(state, storage_reader=_reader(folder), process_group=group)
 
 
 def read_full(folder: Storage, state: dict[str, Any]) -> None:
-    """Load files into full tensors in one process, without a process group."""
+    """Load files into full tensors in one process, without a process group.
+
+    Raises:
+        OSError: a file could not be read.
+    """
     with _ordinary_errors():
         dcp.load(state, storage_reader=_reader(folder), no_dist=True)
 
@@ -111,7 +124,8 @@ class _HashedFiles(FileSystem):
             return
         with _HashedFile(path) as file:
             yield file
-        self.entries[Path(path).name] = {"name": Path(path).name, **file.result()}
+        name = Path(path).name
+        self.entries[name] = {"name": name, **file.result()}
 
     def rename(self, path: Any, new_path: Any) -> None:
         """Give a file its final name."""

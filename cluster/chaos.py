@@ -105,18 +105,17 @@ def _chaos(args: argparse.Namespace) -> None:
     def say(record: dict[str, Any]) -> None:
         print(json.dumps(record) if args.json else told(record), file=out, flush=True)
 
-    try:
-        # A joined Ray prints what it hears of a raylet's end, at any moment, among the records.
-        with (
-            contextlib.redirect_stdout(sys.stderr),
-            Injector(run, faults, target, say) as injector,
-        ):
-            if args.really:
-                _really(run, injector)
-            else:
-                _dry_run(faults, injector, say)
-    finally:
-        target.close()
+    # A joined Ray prints what it hears of a raylet's end, at any moment until the target is closed,
+    # among the records.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.closing(target),
+        Injector(run, faults, target, say) as injector,
+    ):
+        if args.really:
+            _really(run, injector)
+        else:
+            _dry_run(faults, injector, say)
 
 
 def _dry_run(

@@ -270,10 +270,15 @@ def test_a_cluster_that_others_started_is_struck_by_tasks(
         wait_until(lambda: not is_running(record["pid"]), "the end of a worker")
         assert sum(is_running(worker.pid) for worker in workers) == 2
 
+        # Ray notices an end later than /proc has it, and would name a victim that is gone.
+        gcs = Gcs(cluster.address)
+        wait_until(lambda: len(gcs.train_workers(None)) == 2, "that Ray notices the end")
+
         (lost,) = chaos("--kinds", "kill_node", "--really")
         wait_until(lambda: not is_running(ranks[lost["node"]].pid), "the end of a node")
         assert len(cluster.node_ids()) == 2
         wait_until(lambda: len(cluster.alive_node_ids()) == 2, "that Ray notices the loss")
+        wait_until(lambda: len(gcs.train_workers(None)) == 1, "the end of its worker")
 
         (taken,) = chaos("--kinds", "drain", "--really")
         # It came back at the deadline, so the node is gone.

@@ -113,6 +113,21 @@ def test_a_killed_workers_watchdog_ends_and_tells_no_hang(run: Storage) -> None:
     assert run.read_lines("events.jsonl") == []
 
 
+def test_nothing_is_left_of_a_worker_and_a_watchdog_that_are_both_killed(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    process = start(run, "time.sleep(1000)", least=1000)
+    wait_for(lambda: watchdogs(run), "the watchdog starts")
+    for pid in [*watchdogs(run), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not watchdogs(run), "the watchdog ends")
+    assert list(scratch.iterdir()) == []
+
+
 def test_bounds_follow_the_runs_own_times() -> None:
     bounds = Bounds(least_s=60.0, unknown_s=600.0)
     assert bounds.bound_s("step") == 600.0

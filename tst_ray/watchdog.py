@@ -22,7 +22,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,9 +48,8 @@ class Watchdog:
     def __init__(self, run_url: str, bounds: Bounds, attempt: int, rank: int) -> None:
         self.bounds = bounds
         self._kind, self._since = "", time.monotonic()
-        name = f"attempt-{attempt:04d}-rank-{rank:05d}.txt"
-        self._scratch = Path(tempfile.mkdtemp(prefix="stacks-"))
-        self._stacks = (self._scratch / name).open("wb")
+        # Without a name, so that nothing is left of it however the two processes end.
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 — kept until close
         faulthandler.enable(self._stacks, all_threads=True)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGABRT must not write all memory out
         facts = {
@@ -59,11 +57,12 @@ class Watchdog:
             "pid": os.getpid(),
             "rank": rank,
             "attempt": attempt,
-            "stacks": str(self._scratch / name),
+            "stacks": self._stacks.fileno(),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tst_ray.watchdog", json.dumps(facts)],
             stdin=subprocess.PIPE,
+            pass_fds=[self._stacks.fileno()],
             start_new_session=True,  # what stops or ends the worker's group must not end this
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
         )
@@ -105,7 +104,6 @@ def main(facts: dict[str, Any], pipe: int) -> None:
             return
         data = os.read(pipe, 1 << 16)
         if not data:  # the worker is gone, or wants no watchdog any more
-            shutil.rmtree(Path(facts["stacks"]).parent, ignore_errors=True)
             return
         *lines, buffer = (buffer + data).split(b"\n")
         if lines:
@@ -127,11 +125,11 @@ def _end(facts: dict[str, Any], beat: dict[str, Any]) -> None:
     from tst_ray.metrics import add_event
     from tst_ray.storage import Storage
 
-    run, stacks = Storage(facts["run"]), Path(facts["stacks"])
-    name = f"{STACKS}/{stacks.name}"
-    with contextlib.suppress(OSError):
-        run.write(name, stacks.read_bytes())
-    shutil.rmtree(stacks.parent, ignore_errors=True)
+    run = Storage(facts["run"])
+    name = f"{STACKS}/attempt-{facts['attempt']:04d}-rank-{facts['rank']:05d}.txt"
+    with contextlib.suppress(OSError), open(facts["stacks"], "rb") as stacks:
+        stacks.seek(0)  # the worker's own end of it stands behind what it wrote
+        run.write(name, stacks.read())
     add_event(
         run,
         "hang",

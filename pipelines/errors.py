@@ -3,3 +3,7 @@
 
 class DataError(ValueError):
     """A corpus, tokenizer or shard that cannot be used; the message names it and the remedy."""
+
+
+class Unreadable(DataError):
+    """Storage did not let it be read; another try may go well."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.storage import locate, one_line, read_bytes, write_atomically
 
 FORMAT, VERSION = "token-shards", 1
@@ -94,7 +94,7 @@ class Manifest:
                 "or correct the folder's name"
             ) from None
         except OSError as error:
-            raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
+            raise Unreadable(f"{where}: cannot be read ({one_line(error)})") from error
         except ValueError as error:
             raise DataError(
                 f"{where}: not valid JSON ({one_line(error)}); {PREPARE_AGAIN}"

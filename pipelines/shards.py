@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.manifest import (
     PREPARE_AGAIN,
     SPLITS,
@@ -64,6 +64,10 @@ __all__ = [
 ]
 
 MAX_SHARD_TOKENS = 2**25
+
+
+def _unreadable(where: str, error: Exception) -> str:
+    return f"{where} cannot be read ({one_line(error)}); {PREPARE_AGAIN}"
 
 
 def _row_crc32(tokens: np.ndarray) -> int:
@@ -250,10 +254,10 @@ class TokenReader:
             lists = table.column(0).combine_chunks()
             tokens = lists.values.to_numpy()
             checksum = table.column(1)[0].as_py()
-        except (OSError, pa.ArrowException, KeyError, IndexError, AttributeError) as error:
-            raise DataError(
-                f"{where} cannot be read ({one_line(error)}); {PREPARE_AGAIN}"
-            ) from None
+        except OSError as error:
+            raise Unreadable(_unreadable(where, error)) from None
+        except (pa.ArrowException, KeyError, IndexError, AttributeError) as error:
+            raise DataError(_unreadable(where, error)) from None
         expected = min(self.row_tokens, shard.tokens - row * self.row_tokens)
         if len(tokens) != expected or tokens.dtype != self.dtype:
             raise DataError(
@@ -289,10 +293,10 @@ class TokenReader:
             parquet = pq.ParquetFile(file)
         except FileNotFoundError:
             raise DataError(f"{where} is missing; {PREPARE_AGAIN}") from None
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{where} cannot be read ({one_line(error)}); {PREPARE_AGAIN}"
-            ) from None
+        except OSError as error:
+            raise Unreadable(_unreadable(where, error)) from None
+        except pa.ArrowException as error:
+            raise DataError(_unreadable(where, error)) from None
         self._open[index] = parquet
         if len(self._open) > self.max_open_shards:
             self._open.popitem(last=False)[1].close(force=True)

@@ -230,3 +230,68 @@ def test_a_remote_filesystem_works_the_same() -> None:
     read_full(committed(root)[0].folder, state)
     assert torch.equal(state["model"]["w"], make_state(20)["model"]["w"])
     root.remove()
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Storage fails whenever a file of these checkpoints is to be read."""
+    original = Storage.open
+
+    def open_(self: Storage, name: str) -> Any:
+        if any(self.url.endswith(folder_name(step)) for step in steps):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, name)
+
+    monkeypatch.setattr(Storage, "open", open_)
+    monkeypatch.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
+
+
+def test_one_that_cannot_be_read_now_is_passed_by_and_not_called_damaged(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(root, 10, 20)
+    events = Events()
+    with monkeypatch.context() as trouble:
+        unreadable(trouble, 20)
+        info = find_good([root], events)
+    assert info is not None and info.step == 10
+    assert events.kinds() == ["checkpoint_unreadable"]
+    assert [info.step for info in committed(root)] == [20, 10]
+    info = find_good([root], Events())
+    assert info is not None and info.step == 20
+
+
+def test_one_that_can_be_read_after_a_while_is_taken(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(root, 10)
+    original, failures = Storage.open, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def open_(self: Storage, name: str) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(self, name)
+
+    monkeypatch.setattr(Storage, "open", open_)
+    events = Events()
+    info = find_good([root], events)
+    assert info is not None and info.step == 10
+    assert (failures, events) == ([], [])
+
+
+def test_storage_that_is_down_is_no_reason_to_give_checkpoints_up(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RunError would end the run; another attempt may find storage well."""
+    save_steps(root, 10, 20)
+    flip(root / folder_name(20))
+    unreadable(monkeypatch, 10)
+    with pytest.raises(OSError, match=r"no good checkpoint can be read now.*Input/output error"):
+        find_good([root], Events())
+
+
+def test_a_save_may_leave_the_older_ones_alone(root: Storage) -> None:
+    saver = checkpointer(root, Events(), keep=1)
+    saver.save(10, make_state(10), {})
+    saver.save(20, make_state(20), {}, prune=False)
+    saver.wait()
+    assert [info.step for info in committed(root)] == [20, 10]

@@ -341,3 +341,107 @@ def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Mani
     assert sum(state["time"]["parts"].values()) == pytest.approx(wall_s, abs=2.0)
     assert state["time"]["parts"]["restart"] > 0
     assert json.dumps(state)
+
+
+def test_a_last_checkpoint_that_failed_is_tried_again(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No next one would make up for it, and its steps would be trained again."""
+    disk = FullDisk(monkeypatch, "/checkpoints/")
+    job = tiny_job(tmp_path, manifest, train__steps=12)
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            disk.full = number == 11
+            yield batch
+
+    def room_was_made(seconds: float) -> None:
+        disk.full = False
+
+    monkeypatch.setattr("tst_ray.worker.time.sleep", room_was_made)
+    assert train(job, Place(), batches) == Ended(12, "done")
+    assert committed(Storage(job.run_url) / "checkpoints")[0].step == 12
+    assert events_of(job, "checkpoint_failed")
+
+
+def test_a_last_checkpoint_is_tried_no_more_often_than_allowed(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch, "/checkpoints/")
+    job = tiny_job(tmp_path, manifest, train__steps=4, checkpoint__every=100)
+    disk.full = True
+    monkeypatch.setattr("tst_ray.worker._SAVE_AGAIN_S", 0.0)
+    assert train_on(job) == Ended(4, "done")
+    assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4] * 3
+
+
+def test_no_checkpoint_is_taken_of_steps_whose_lines_are_not_written(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that went on from it would never have them."""
+    disk = FullDisk(monkeypatch, "metrics.jsonl")
+    job = tiny_job(tmp_path, manifest, train__steps=8, checkpoint__async="false")
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            disk.full = 2 <= number < 5
+            yield batch
+
+    assert train(job, Place(), batches) == Ended(8, "done")
+    assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4]
+    assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [8, 6, 2]
+    assert column(records_of(job), "step") == list(range(1, 9))
+
+
+def test_a_state_that_the_guard_mistrusts_never_replaces_a_good_one(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """Stopped amid bad steps with `checkpoint.keep` 1, and gone on: back to the good one."""
+    from pipelines.ingest import read_inline
+
+    job = tiny_job(
+        tmp_path, manifest, fault__max_skipped=3, checkpoint__async="false", checkpoint__keep=1
+    )
+
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            if number == 15:
+                request_stop(Storage(job.run_url), INTERRUPT)
+                time.sleep(4 * STOP_POLL_S)
+            yield batch
+
+    with Faults().not_finite_at(15, 16, 17).injected():
+        assert train(job, Place(), batches) == Ended(16, INTERRUPT)
+        Storage(job.run_url).remove("control.json")
+        assert train_on(job) == Ended(17, ROLLBACK)
+    assert events_of(job, "rollback")[0]["back_to"] == 14
+
+
+def test_an_attempt_does_not_begin_before_it_has_said_where(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data reads from the step in run.json: one of the attempt before would be wrong."""
+    disk = FullDisk(monkeypatch, "run.json")
+    job = tiny_job(tmp_path, manifest, train__steps=4)
+    disk.full = True
+    waited: list[float] = []
+
+    def room_is_made(seconds: float) -> None:
+        waited.append(seconds)
+        disk.full = len(waited) < 3
+
+    monkeypatch.setattr("tst_ray.storage.time.sleep", room_is_made)
+    seen: list[int] = []
+
+    from pipelines.ingest import read_inline
+
+    def batches(phase: Any, step: int) -> Any:
+        seen.append(read_state(Storage(job.run_url))["step"])
+        yield from read_inline(job.feeds[phase.index], step)
+
+    assert train(job, Place(), batches) == Ended(4, "done")
+    assert (len(waited), seen[0]) == (3, 0)

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest import Feed
+from pipelines.errors import DataError, Unreadable
+from pipelines.ingest import BatchMismatch, Feed
 from tests.tiny import make_config, make_corpus, make_job
-from tst_ray.group import Reading
+from tst_ray.errors import RunError
+from tst_ray.group import Group, GroupFailed, Reading
 from tst_ray.job import Place
+from tst_ray.storage import Storage
 
 PATIENCE_S = 60.0
 
@@ -109,3 +112,27 @@ def test_a_resumed_worker_starts_with_the_part_it_is_in(
     tokens = plan.phases[1]
     next(reader.batches(tokens, tokens.first_step + 2))
     assert [name for name, count in shards.opened.items() if count] == [list(shards.lengths)[-1]]
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (DataError("shard 3 was altered"), RunError),
+        (BatchMismatch("the plan says otherwise"), RunError),
+        (RunError("no checkpoint is intact"), RunError),
+        (Unreadable("shard 3 cannot be read (503)"), GroupFailed),
+        (OSError("503"), GroupFailed),
+    ],
+)
+def test_what_another_attempt_may_not_meet_does_not_end_the_run(
+    tmp_path: Path, failure: Exception, said: type[Exception]
+) -> None:
+    from ray.train import TrainingFailedError
+
+    group = Group.__new__(Group)
+    group._run = Storage(str(tmp_path))
+    error = TrainingFailedError("a worker failed")
+    error.worker_failures = {1: failure}
+    group._error = error
+    with pytest.raises(said, match=str(failure).partition("(")[0]):
+        group.outcome()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from tst_ray import sharded
-from tst_ray.sharded import make_scratch, read_full, write
+from tst_ray.sharded import make_scratch, num_bytes, read_full, write
 from tst_ray.storage import Storage
 
 
@@ -80,12 +82,26 @@ def test_no_thread_stays_behind_a_written_file(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_in_memory_is_removed() -> None:
-    code = "from tst_ray.sharded import make_scratch; print(make_scratch())"
+    code = "from tst_ray.sharded import make_scratch; print(make_scratch(1))"
     left = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
     assert left.is_dir()
-    mine = make_scratch()
+    mine = make_scratch(1)
     assert not left.exists()
-    assert make_scratch().parent == mine.parent
+    assert make_scratch(1).parent == mine.parent
     assert mine.is_dir()
     for folder in mine.parent.glob(f"{mine.name.split('-')[0]}-*-{os.getpid()}-*"):
         folder.rmdir()
+
+
+def test_where_memory_is_short_files_wait_on_the_disk(tmp_path: Path) -> None:
+    """A container's /dev/shm may hold 64 MB."""
+    free = shutil.disk_usage(tmp_path).free
+    places = [make_scratch(num_bytes, memory=tmp_path) for num_bytes in (free // 4, free)]
+    assert [place.parent for place in places] == [tmp_path, Path(tempfile.gettempdir())]
+    for place in places:
+        place.rmdir()
+
+
+def test_bytes_of_a_state() -> None:
+    state = {"w": torch.zeros(3, 4), "deep": {"b": torch.zeros(5, dtype=torch.bfloat16), "n": 7}}
+    assert num_bytes(state) == 3 * 4 * 4 + 5 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,94 @@ def test_a_stage_whose_last_checkpoint_is_missing_is_not_done(
     stage = Scripted(tmp_path, manifest, [(0, Ended(5, DONE))])
     with pytest.raises(RunError, match="was not committed"):
         stage.train()
+
+
+def test_an_interrupt_while_a_stage_ends_is_not_forgotten(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """The group was done before it saw the request; the phases after it must not begin."""
+    stage = Scripted(tmp_path, manifest, [(0, Ended(4, DONE))])
+    stage.job = replace(stage.job, last_step=4)
+    stage._interrupts.by = signal.SIGTERM
+    with pytest.raises(Interrupted, match="checkpoint of step 4"):
+        stage.train()
+
+
+def test_an_interrupt_while_the_run_ends_lets_it_end(tmp_path: Path, manifest: Manifest) -> None:
+    stage = Scripted(tmp_path, manifest, [FINISHED])
+    stage._interrupts.by = signal.SIGTERM
+    stage.train()
+
+
+class Supervised(Stage):
+    """A real stage over groups that do as a script says."""
+
+    def __init__(self, folder: Path, manifest: Manifest, workers: str) -> None:
+        config = make_config(
+            folder,
+            manifest,
+            cluster__backend="ray",
+            tst__workers=workers,
+            cluster__workers=workers,
+        )
+        job = make_job(config, manifest)
+        super().__init__(
+            Storage(job.run_url), config, job.plan, job.plan.phases, job, lambda text: None
+        )
+        update_state(self.run, status="starting")
+
+
+def test_what_keeps_the_supervisor_from_its_work_does_not_end_the_group(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "1")
+    looks = iter([False, False, True])
+
+    class Group:
+        def __init__(self, *args: Any) -> None: ...
+        def wait(self, seconds: float) -> bool:
+            return next(looks)
+
+        def outcome(self) -> Ended:
+            return Ended(8, DONE)
+
+    def down(*args: Any) -> Any:
+        raise ConnectionError("the head node does not answer")
+
+    monkeypatch.setattr("tst_ray.stage.Group", Group)
+    monkeypatch.setattr("tst_ray.stage.draining_nodes", down)
+    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    assert stage._one_attempt() == Ended(8, DONE)
+
+
+def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that others use too, what nodes have is not what is free."""
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+    tried: list[int] = []
+
+    class Group:
+        def __init__(self, run: Storage, job: Any, world_size: int) -> None:
+            tried.append(world_size)
+
+        def wait(self, seconds: float) -> bool:
+            return True
+
+        def outcome(self) -> Ended:
+            if tried[-1] > 2:
+                raise NO_START
+            return Ended(8, DONE)
+
+    monkeypatch.setattr("tst_ray.stage.Group", Group)
+    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, 4))
+    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    for _ in range(2):
+        with pytest.raises(GroupFailed):
+            stage._one_attempt()
+    assert stage._one_attempt() == Ended(8, DONE)
+    assert tried == [4, 3, 2]
+    assert stage._room() == 2
+    stage._no_room_until = 0.0  # a while after
+    assert stage._room() == 4

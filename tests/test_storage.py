@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tst_ray.errors import RunError
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -77,3 +79,91 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match=r"run\.storage: cannot write to .*/file/run"):
         Storage(str(tmp_path / "file" / "run")).check_writable()
+
+
+def test_what_cannot_be_looked_at_is_an_error_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("COMMITTED", "x")
+
+    def stale(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(storage._fs, "info", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        storage.exists("COMMITTED")
+    with pytest.raises(OSError, match="Stale file handle"):
+        storage.remove("COMMITTED")
+
+
+def test_what_an_object_stores_library_raises_is_an_oserror(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ServiceUnavailable(Exception):
+        pass
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise ServiceUnavailable("503\nand a long story")
+
+    for method in ("cat_file", "ls", "size", "makedirs", "put_file", "open"):
+        monkeypatch.setattr(storage._fs, method, unavailable)
+    for ask in (
+        lambda: storage.read("a"),
+        lambda: storage.read_json("a"),
+        storage.names,
+        lambda: storage.size("a"),
+        storage.make,
+        lambda: storage.upload("a", "b"),
+        lambda: storage.open("a"),
+    ):
+        with pytest.raises(OSError, match=r"^\S+: 503$"):
+            ask()
+
+
+def test_nothing_is_kept_by_truncating_to_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some object stores take an empty range for the whole object."""
+    storage.write("log", "one\ntwo\n")
+    cat_file = storage._fs.cat_file
+
+    def ranged(path: str, start: int | None = None, end: int | None = None) -> Any:
+        return cat_file(path) if start == end else cat_file(path, start=start, end=end)
+
+    monkeypatch.setattr(storage._fs, "cat_file", ranged)
+    storage.truncate("log", 4)
+    assert storage.read("log") == b"one\n"
+    storage.truncate("log", 0)
+    assert storage.read("log") == b""
+
+
+def test_patience_outlasts_a_failure_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("tst_ray.storage.time.sleep", sleep)
+    monkeypatch.setattr("tst_ray.storage.time.monotonic", lambda: now[0])
+    answers: list[Any] = [OSError("503"), OSError("503"), "here"]
+
+    def ask() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(ask) == "here"
+    assert slept == [0.5, 1.0]
+    answers = [OSError("503")] * 1000
+    with pytest.raises(OSError, match="503"):
+        patiently(ask, patience_s=100.0)
+    assert 80.0 < now[0] <= 101.5
+    slept.clear()
+    answers = [FileNotFoundError("gone")]
+    with pytest.raises(FileNotFoundError):
+        patiently(ask)
+    assert slept == []

@@ -140,6 +140,18 @@ def test_bounds_follow_the_runs_own_times() -> None:
     assert bounds.bound_s("step") == 60.0
 
 
+def test_storage_that_is_slow_is_no_hang() -> None:
+    """The copy of a state takes a second, its way to storage minutes: one says nothing of both."""
+    bounds = Bounds(least_s=60.0, unknown_s=600.0)
+    for _ in range(10):
+        bounds.saw("save", 1.0)
+        bounds.saw(timeouts.COMMIT, 0.5)
+    assert bounds.bound_s("save") == 60.0
+    assert bounds.bound_s(timeouts.COMMIT) == 600.0
+    bounds.saw(timeouts.COMMIT, 200.0)
+    assert bounds.bound_s(timeouts.COMMIT) == 2000.0
+
+
 def test_each_time_out_fits_into_the_next() -> None:
     from tst_ray.config import FaultConfig
 
@@ -147,4 +159,5 @@ def test_each_time_out_fits_into_the_next() -> None:
     assert fault.hang_s is not None
     assert fault.hang_s > timeouts.STOP_POLL_S
     assert timeouts.GROUP_POLL_S < timeouts.ABORT_GRACE_S < fault.hang_s
+    assert fault.start_s > timeouts.STORAGE_S
     assert fault.hang_s < fault.start_s < timeouts.COLLECTIVE_S < timeouts.WORKER_ANSWER_S

@@ -24,6 +24,7 @@ from tst_ray.journal import Journal, Writer
 from tst_ray.model import build_model, hf_config
 from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
+from tst_ray.timeouts import Bounds
 from tst_ray.worker import Trainer, seed_step, train
 
 NUM_STEPS = 8
@@ -232,3 +233,50 @@ def test_after_a_failure_no_watchdog_waits_for_the_next_beat(
         train(job, Place(), lambda phase, step: read_inline(job.feeds[phase.index], step + 1))
     assert watchdogs(Storage(job.run_url)) == []
     assert not [t for t in threading.enumerate() if t.name == "stop-request"]
+
+
+class Beats:
+    """Stands in for a watchdog: what it was told to expect."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.bounds = Bounds(60.0, 600.0)
+
+    def expect(self, kind: str, step: int) -> None:
+        self.kinds.append(kind)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
+    tmp_path: Path, manifest: Manifest, background: bool
+) -> None:
+    """Else a save longer than `fault.hang_s` would be taken for a hang, and ended."""
+    settings = {"checkpoint__async": str(background).lower()}
+    job = make_job(make_config(tmp_path, manifest, **settings), manifest)
+    beats = Beats()
+    journal = Journal(Storage(job.run_url), job.plan, Writer(0, 1))
+    trainer = Trainer(job, Place(), Ranks(), journal, beats)  # type: ignore[arg-type]
+    trainer.restore()
+    saver, waited = trainer.checkpointer, []
+    write = saver._write
+
+    def slow(*args: Any) -> Any:
+        waited.append(beats.kinds[-1])
+        return write(*args)
+
+    wait = saver.wait
+
+    def noted() -> None:
+        waited.append(beats.kinds[-1])
+        wait()
+
+    saver.wait = noted  # type: ignore[method-assign]
+    if not background:
+        saver._write = slow  # type: ignore[method-assign]
+    trainer.save(1, saver)
+    trainer.finish(1)
+    journal.close()
+    # Inside `Checkpointer.save` the one before is done, and there is nothing to wait for.
+    assert set(waited) == ({"commit", "save"} if background else {"commit"})
+    assert beats.kinds[-1] == "commit"
+    assert beats.bounds._seen["commit"][-1] == saver.save_s > 0

@@ -7,8 +7,9 @@
         DAMAGED                      only where a file was once found altered or missing
 
 A checkpoint without COMMITTED does not exist. One whose files do not match meta.json is damaged:
-`find_good` says so and takes the one before. DCP stores whole tensors by name and piece, so a
-checkpoint of any world size loads at any other.
+`find_good` says so and takes the one before. One that storage does not let be read is not damaged
+for that: it is tried again, then passed by without a mark. DCP stores whole tensors by name and
+piece, so a checkpoint of any world size loads at any other.
 
 `checkpointer.py` saves and loads them; this module needs no torch until ranks verify together.
 """
@@ -24,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tst_ray.errors import RunError
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 
 log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _HASH_CHUNK_BYTES = 1 << 20
+_PATIENCE_S = 15.0  # with a checkpoint that cannot be read; the one before may be as good as new
 
 OnEvent = Callable[..., None]  # called as on_event(kind, **details)
 
@@ -112,15 +114,38 @@ def verify_file(folder: Storage, entry: dict[str, Any], contents: bool = True) -
 def verify(
     info: CheckpointInfo, rank: int = 0, world_size: int = 1, contents: bool = True
 ) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files; None where nothing is."""
+    """What is wrong with this rank's share of a checkpoint's files; None where nothing is.
+
+    Raises:
+        OSError: storage does not let it be read, so that nobody knows.
+    """
     try:
         for entry in read_meta(info).meta["files"][rank::world_size]:
             problem = verify_file(info.folder, entry, contents)
             if problem:
                 return problem
-    except Exception as error:  # whatever keeps a file from being read, other ranks must hear of it
+    except FileNotFoundError as error:
+        return one_line(error)
+    except OSError:
+        raise
+    except Exception as error:  # whatever else is wrong with meta.json, other ranks must hear of it
         return one_line(error)
     return None
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What one rank found of a checkpoint."""
+
+    problem: str | None
+    is_known: bool = True  # else storage did not let it be read
+
+
+def _judge(info: CheckpointInfo, rank: int, world_size: int) -> _Verdict:
+    try:
+        return _Verdict(patiently(lambda: verify(info, rank, world_size), _PATIENCE_S))
+    except OSError as error:
+        return _Verdict(one_line(error), is_known=False)
 
 
 class Ranks:
@@ -164,6 +189,7 @@ def find_good(
 
     Raises:
         RunError: there are committed checkpoints in storage, and all are damaged.
+        OSError: storage does not let some of them be read, and no other is good.
     """
     ranks = ranks or Ranks()
     listed = [committed(root, damaged=True) for root in roots]
@@ -171,19 +197,24 @@ def find_good(
     # Rank 0's listing for all: on a shared filesystem another rank's may be older.
     candidates: list[CheckpointInfo]
     candidates, stored = ranks.gather((every, len(listed[-1])))[0]
+    unread: str | None = None
     for info in candidates:
-        problems = ranks.gather(verify(info, ranks.rank, ranks.size))
-        problem = next((problem for problem in problems if problem), None)
-        if problem is None:
+        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size))
+        bad = [verdict for verdict in verdicts if verdict.problem is not None]
+        if not bad:
             if ranks.rank == 0:
                 _mark(info.folder, None)
             return read_meta(info)
-        log.warning(
-            "checkpoint %s is damaged (%s); trying the one before", info.folder.url, problem
-        )
-        if ranks.rank == 0 and not info.folder.exists(DAMAGED):
-            _mark(info.folder, problem)
-            on_event("checkpoint_damaged", step=info.step, problem=problem)
+        # What one rank knows to be damaged is so, whatever another could not read.
+        worst = max(bad, key=lambda verdict: verdict.is_known)
+        what = "is damaged" if worst.is_known else "cannot be read"
+        log.warning("%s %s (%s); trying the one before", info.folder.url, what, worst.problem)
+        if not worst.is_known and info.folder.url.startswith(f"{roots[-1].url}/"):
+            unread = worst.problem
+        if ranks.rank == 0:
+            _tell(info, worst, on_event)
+    if unread is not None:
+        raise OSError(f"{roots[-1].url}: no good checkpoint can be read now: {unread}")
     if stored:
         raise RunError(
             f"all {stored} checkpoints under {roots[-1].url} are damaged, {candidates[0].step} "
@@ -191,6 +222,15 @@ def find_good(
             "run.name"
         )
     return None
+
+
+def _tell(info: CheckpointInfo, verdict: _Verdict, on_event: OnEvent) -> None:
+    """Tell of a checkpoint that is passed by; a damaged one is marked, and told of once."""
+    if not verdict.is_known:
+        on_event("checkpoint_unreadable", step=info.step, problem=verdict.problem)
+    elif not info.folder.exists(DAMAGED):
+        _mark(info.folder, verdict.problem)
+        on_event("checkpoint_damaged", step=info.step, problem=verdict.problem)
 
 
 def _mark(folder: Storage, problem: str | None) -> None:

@@ -46,6 +46,7 @@ class Checkpointer:
 
     Attributes:
         failed_saves: how many in a row failed; rank 0's counts.
+        save_s: seconds that the last whole save took, from the copy to the commit.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Checkpointer:
         self._stager = sharded.Stager()
         self._thread: threading.Thread | None = None
         self.failed_saves = 0
+        self.save_s = 0.0
 
     def holds(self, info: CheckpointInfo) -> bool:
         """Whether a checkpoint is one of this folder."""
@@ -73,7 +75,15 @@ class Checkpointer:
         """Load a checkpoint into `state`: tensors in place, resharded to how they are here."""
         sharded.read(info.folder, state, self._ranks.group)
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        *,
+        problem: Exception | None = None,
+        prune: bool = True,
+    ) -> None:
         """Start saving the state after `step` steps; a save still under way is waited for.
 
         A failure is an event and a warning, not an exception: training goes on.
@@ -81,17 +91,19 @@ class Checkpointer:
         Args:
             state: tensors, DTensors and plain values by name; may change once this returns.
             meta: what meta.json says besides step, world size and files.
+            problem: why this rank cannot save; all ranks then fail together.
+            prune: whether older checkpoints may go once this one is committed.
         """
         started = time.perf_counter()
         self.wait()
-        staged, problem = None, None
+        staged = None
         try:
-            staged = self._stager.stage(state)
+            staged = None if problem else self._stager.stage(state)
         except Exception as error:
             problem = error  # the others must hear of it, and the thread tells them
         stall_s = round(time.perf_counter() - started, 4)
         told = {"step": step, "stall_s": stall_s}
-        args = (step, staged, problem, meta, told)
+        args = (step, staged, problem, meta, told, prune)
         self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         if not self.background:
@@ -110,12 +122,13 @@ class Checkpointer:
         problem: Exception | None,
         meta: dict[str, Any],
         told: dict[str, Any],
+        prune: bool,
     ) -> None:
         """In the checkpoint thread: write, hash, commit, clear old ones."""
         started, scratch = time.perf_counter(), None
         folder = self.root / folder_name(step)
         try:
-            scratch = self._agree(lambda: self._make_place(folder, problem))
+            scratch = self._agree(lambda: self._make_place(folder, staged, problem))
             entries = self._agree(lambda: self._write(staged, folder, scratch))
             gathered = self._ranks.gather(entries)
             if self._ranks.rank == 0:
@@ -127,9 +140,10 @@ class Checkpointer:
             self._failed(step, error)
             return
         finally:
+            self.save_s = time.perf_counter() - started
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
-        if self._ranks.rank == 0:
+        if self._ranks.rank == 0 and prune:
             self._prune(step)
 
     def _agree(self, action: Callable[[], Any]) -> Any:
@@ -147,7 +161,7 @@ class Checkpointer:
             raise OSError(problems[0])
         return result
 
-    def _make_place(self, folder: Storage, problem: Exception | None) -> Path | None:
+    def _make_place(self, folder: Storage, staged: Any, problem: Exception | None) -> Path | None:
         """An empty folder for the checkpoint; a local one to upload from where it is remote."""
         if problem is not None:
             raise problem
@@ -156,7 +170,7 @@ class Checkpointer:
                 raise OSError("another attempt of this run has taken over")
             folder.remove()  # what an interrupted save left, or a damaged one that is done again
             folder.make()
-        return None if self.root.is_local else sharded.make_scratch()
+        return None if self.root.is_local else sharded.make_scratch(sharded.num_bytes(staged))
 
     def _write(self, staged: Any, folder: Storage, scratch: Path | None) -> list[dict[str, Any]]:
         """Write this rank's files, where they are to be; their names, sizes and checksums."""

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # storage's
+        print(f"tst-ray: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

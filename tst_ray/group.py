@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain, islice, pairwise
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import Feed
 from pipelines.storage import locate
 from tst_ray.config import Config
@@ -98,7 +98,7 @@ class Group:
             for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
         }
         for failure in failures.values():
-            if isinstance(failure, (UserError, DataError)):
+            if isinstance(failure, (UserError, DataError)) and not isinstance(failure, Unreadable):
                 return RunError(f"{self._run.url}: {failure}")
         return GroupFailed(_told(failures) or one_line(error), started=True)
 

@@ -24,11 +24,12 @@ from tst_ray.errors import RunError
 from tst_ray.goodput import Account
 from tst_ray.metrics import MetricsLog, add_event, drop_after, recent_records
 from tst_ray.plan import Plan
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import STOP_POLL_S
 
 STATE, CONTROL, PASSED_OVER = "run.json", "control.json", "passed_over.json"
 _STATE_EVERY_S = 1.0
+_REMOTE_STATE_EVERY_S = 10.0  # the loop waits for it, and an object store takes a tenth of a second
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class Journal:
         self._metrics = MetricsLog(self.run, step, tensorboard_every, config_text)
         self._stop = StopRequest(self.run)
         self._started_at = step
-        self.write_state(step)
+        # Where the reading of data begins; it may not be missing, or be of the attempt before.
+        patiently(lambda: self._write_state(step))
         details = {"nodes": list(self._writer.nodes)} if self._writer.nodes else {}
         self.event(
             "attempt",
@@ -178,17 +180,17 @@ class Journal:
         told["goodput"] = round(self.account.goodput, 4)
         times = {f"time_{part}_s": seconds for part, seconds in self.account.parts.items()}
         self._metrics.write(told, times)
-        if time.monotonic() - self._state_at > _STATE_EVERY_S:
+        every_s = _STATE_EVERY_S if self.run.is_local else _REMOTE_STATE_EVERY_S
+        if time.monotonic() - self._state_at > every_s:
             self.write_state(record["step"])
 
     def recent(self, count: int) -> list[dict[str, Any]]:
         """The last records logged; empty on ranks other than 0."""
         return recent_records(self.run, count) if self.writes else []
 
-    def flush(self) -> None:
-        """Make all lines so far stand: a committed step is not trained again."""
-        if self._metrics is not None:
-            self._metrics.flush()
+    def flush(self) -> bool:
+        """Make all lines so far stand: a committed step is not trained again. Whether they do."""
+        return self._metrics is None or self._metrics.flush()
 
     def stop_reason(self) -> str | None:
         """Why the driver wants the group to stop; None where it does not (or on other ranks)."""
@@ -203,14 +205,20 @@ class Journal:
                 log.warning("event %s %s is lost: %s", kind, details, error)
 
     def write_state(self, step: int) -> None:
-        """Replace run.json.
+        """Replace run.json; where storage takes none, the old one stands.
 
         Raises:
             RunError: another attempt has taken over; this one must not write any more.
         """
+        self._state_at = time.monotonic()
+        try:
+            self._write_state(step)
+        except OSError as error:
+            log.warning("%s stays as it was: %s", STATE, error)
+
+    def _write_state(self, step: int) -> None:
         if not self.is_current():
             raise RunError("another attempt of this run has taken over; this one ends")
-        self._state_at = time.monotonic()
         done = step >= self._plan.total_steps
         state = {
             "status": "running",
@@ -224,10 +232,7 @@ class Journal:
             "updated": round(time.time(), 3),
             "time": self.account.to_dict(),
         }
-        try:
-            self.run.write_json(STATE, state)
-        except OSError as error:
-            log.warning("%s is as old as %.0f s: %s", STATE, _STATE_EVERY_S, error)
+        self.run.write_json(STATE, state)
 
     def is_current(self) -> bool:
         """Whether no newer attempt has started."""

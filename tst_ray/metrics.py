@@ -43,6 +43,7 @@ TAGS = {
 }
 
 _REMOTE_FLUSH_S = 10.0
+_FLUSH_SHARE = 0.02  # an object store's file is written anew each time: the longer, the less often
 _TAIL_BYTES = 1 << 20
 
 
@@ -61,7 +62,7 @@ class MetricsLog:
 
         self._run, self._every = run, tensorboard_every
         self._pending: list[str] = []
-        self._flushed_at = time.monotonic()
+        self._flushed_at, self._flush_s = time.monotonic(), 0.0
         _wait_for_a_later_name(run / TENSORBOARD)
         self._board = SummaryWriter(
             (run / TENSORBOARD).path if run.is_local else (run / TENSORBOARD).url,
@@ -77,7 +78,8 @@ class MetricsLog:
         it does, and are lost only with this process, when their steps are trained again.
         """
         self._pending.append(json.dumps(_finite(record)) + "\n")
-        if self._run.is_local or time.monotonic() - self._flushed_at > _REMOTE_FLUSH_S:
+        every_s = max(_REMOTE_FLUSH_S, self._flush_s / _FLUSH_SHARE)
+        if self._run.is_local or time.monotonic() - self._flushed_at > every_s:
             self.flush()
         if record["step"] % self._every == 0 or "val_loss" in record:
             self._draw({**record, **(curves or {})})
@@ -92,14 +94,17 @@ class MetricsLog:
 
     def flush(self) -> bool:
         """Make what was written so far visible to readers; whether that went well."""
-        self._flushed_at = time.monotonic()
         if not self._pending:
             return True
+        started = time.monotonic()
         try:
             self._run.append(METRICS, "".join(self._pending))
         except OSError as error:
             log.warning("%d lines of %s wait for storage: %s", len(self._pending), METRICS, error)
             return False
+        finally:
+            self._flushed_at = time.monotonic()
+            self._flush_s = self._flushed_at - started
         self._pending = []
         return True
 

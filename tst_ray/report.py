@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, step_of, verify
+from tst_ray.checkpoint import MARKER, CheckpointInfo, one_line, read_meta, step_of, verify
 from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared
@@ -308,8 +308,8 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
             the files of the newest where that is quick.
 
     Returns:
-        step, state (committed, damaged, uncommitted), checked (checksums or sizes), bytes,
-        world_size, problem.
+        step, state (committed, damaged, unreadable, uncommitted), checked (checksums or sizes),
+        bytes, world_size, problem.
     """
     root = run / "checkpoints"
     found: list[dict[str, Any]] = []
@@ -322,9 +322,12 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
             info = CheckpointInfo(step, folder, {})
             quick = not found and _size_of(info) <= _QUICK_BYTES
             contents = verify_all or quick
-            problem = verify(info, contents=contents)
             facts["checked"] = "checksums" if contents else "sizes"
-            facts["state"] = "damaged" if problem else "committed"
+            try:
+                problem = verify(info, contents=contents)
+                facts["state"] = "damaged" if problem else "committed"
+            except OSError as error:
+                problem, facts["state"] = one_line(error), "unreadable"
             facts["problem"] = problem
             if not problem:
                 meta = read_meta(info).meta
@@ -337,7 +340,7 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
 def _size_of(info: CheckpointInfo) -> int:
     try:
         return sum(entry["bytes"] for entry in read_meta(info).meta["files"])
-    except ValueError:
+    except (ValueError, OSError):
         return 0
 
 

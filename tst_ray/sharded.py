@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from tst_ray.storage import Storage
 
@@ -93,15 +94,28 @@ def read_full(folder: Storage, state: dict[str, Any]) -> None:
         dcp.load(state, storage_reader=_reader(folder), no_dist=True)
 
 
-def make_scratch() -> Path:
-    """A folder for files that are sent on at once: in memory, where that is possible.
+def num_bytes(state: Any) -> int:
+    """Bytes of this rank's tensors in a state; what it writes is little more."""
+    if isinstance(state, DTensor):
+        state = state.to_local()
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(num_bytes, state.values())) if isinstance(state, dict) else 0
 
-    What processes left there that were killed in the middle of a save is removed first.
+
+def make_scratch(num_bytes: int, memory: Path = Path("/dev/shm")) -> Path:
+    """A folder for files that are sent on at once: in memory, where there is room for them.
+
+    What processes left that were killed in the middle of a save is removed first. Ray keeps its
+    objects in the same memory, and a machine that runs out of it there loses more than a save: half
+    of what is free stays so. A container's may be far smaller than the machine's.
     """
-    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-    for left in root.glob(f"{_SCRATCH}*"):
+    disk = Path(tempfile.gettempdir())
+    for left in [*memory.glob(f"{_SCRATCH}*"), *disk.glob(f"{_SCRATCH}*")]:
         if not Path(f"/proc/{left.name.removeprefix(_SCRATCH).partition('-')[0]}").exists():
             shutil.rmtree(left, ignore_errors=True)
+    fits = os.access(memory, os.W_OK) and 2 * num_bytes < shutil.disk_usage(memory).free
+    root = memory if fits else disk
     return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=root))
 
 

@@ -16,11 +16,15 @@
     failed_saves                         the run ends, its last good checkpoint intact
 
 An attempt makes progress when it starts at a later step than the one before it did.
+
+While a group trains, storage or the head node may fail for a while without harm: the supervisor
+looks again. Between two groups it waits for them, as long as `timeouts.STORAGE_S`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +41,12 @@ from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import METRICS, add_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.session import ask_autoscaler, draining_nodes, room_for
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
+from tst_ray.timeouts import NO_ROOM_S
 
 Say = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
@@ -52,16 +59,19 @@ def newest_step(run: Storage) -> int:
 
     Workers, who verify before they load, may find it damaged and go back to an earlier one.
     """
-    found = committed(run / "checkpoints")
+    found = patiently(lambda: committed(run / "checkpoints"))
     return found[0].step if found else 0
 
 
 def charge(run: Storage, part: str) -> None:
     """Charge the time since the run's account was last written to a part (goodput.py)."""
-    now = time.time()
-    account = Account.from_dict(read_state(run).get("time"), now)
-    account.charge(part, now)
-    update_state(run, time=account.to_dict())
+    try:
+        now = time.time()
+        account = Account.from_dict(read_state(run).get("time"), now)
+        account.charge(part, now)
+        update_state(run, time=account.to_dict())
+    except OSError as error:  # what follows is charged with it
+        log.warning("the account of time is late: %s", error)
 
 
 class Interrupts:
@@ -127,6 +137,9 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
+        self._no_room_for: int | None = None  # so many workers did not start …
+        self._no_room_until = 0.0  # … and are not tried again before
+        self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
         """Train to the stage's last step.
@@ -138,13 +151,14 @@ class Stage:
         with self._interrupts.caught():
             while newest_step(self.run) < self.job.last_step:
                 self._take(self._attempt())
+                self._heed_interrupt()
 
     # -- attempts --------------------------------------------------------------------------------
 
     def _attempt(self) -> Ended | None:
         """One attempt; None where it failed and another may follow."""
-        before = read_state(self.run)
-        clear_stop(self.run)
+        before = patiently(lambda: read_state(self.run))
+        patiently(lambda: clear_stop(self.run))
         self._asked = None
         try:
             return self._one_attempt()
@@ -157,15 +171,24 @@ class Stage:
             return self._inline()
         world_size = self._wait_for_room()
         self._attempts += 1
-        self._before = read_state(self.run).get("attempt", 0)
+        self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
         self._trains = False
         group = Group(self.run, self.job, world_size)
         while not group.wait(_SUPERVISE_S):
-            self._supervise(world_size, started)
+            try:
+                self._supervise(world_size, started)
+            except Exception as error:  # the group trains on, whatever keeps us from seeing it
+                self._note_trouble(error)
         if self._asked:
             self._restart_s = time.monotonic() - self._asked_at + self._start_s
-        ended: Ended = group.outcome()
+        try:
+            ended: Ended = group.outcome()
+        except GroupFailed as failure:
+            if not failure.started:
+                self._no_room_for = world_size
+                self._no_room_until = time.monotonic() + NO_ROOM_S
+            raise
         return ended
 
     def _inline(self) -> Ended:
@@ -208,11 +231,10 @@ class Stage:
         Raises:
             RunError: they are; or the run was interrupted anyway.
         """
-        now = read_state(self.run)
+        now = patiently(lambda: read_state(self.run))
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
         self.failures = 1 if failure.started and progress else self.failures + 1
-        add_event(
-            self.run,
+        self._tell(
             "failure",
             error=str(failure),
             started=failure.started,
@@ -222,7 +244,7 @@ class Stage:
         )
         charge(self.run, "restart")
         if self._interrupts.by is not None:
-            raise Interrupted(self._resume_line(newest_step(self.run)), self._interrupts.by)
+            raise self._interrupted()
         most = self.config.fault.max_failures
         if self.failures > most:
             raise RunError(
@@ -231,6 +253,30 @@ class Stage:
             )
         what = str(failure) if failure.started else f"the workers did not start: {failure}"
         self.say(f"step {now.get('step', 0):,}: {what}; going on from the newest checkpoint")
+
+    def _tell(self, kind: str, **details: Any) -> None:
+        """Add an event; one that storage does not take is a warning."""
+        try:
+            add_event(self.run, kind, **details)
+        except OSError as error:
+            log.warning("event %s %s is lost: %s", kind, details, error)
+
+    def _note_trouble(self, error: Exception) -> None:
+        """Say once what keeps the supervisor from its work; it goes on looking."""
+        trouble = f"{type(error).__name__}: {error}"
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("the workers go on, unwatched for now: %s", trouble)
+
+    def _heed_interrupt(self) -> None:
+        """End a run that was interrupted while a group ended for another reason, or was done."""
+        if self._interrupts.by is not None and newest_step(self.run) < self.plan.total_steps:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        by = self._interrupts.by
+        assert by is not None
+        return Interrupted(self._resume_line(newest_step(self.run)), by)
 
     def _resume_line(self, step: int) -> str:
         at = f"with a checkpoint of step {step:,}" if step else "before the first checkpoint"
@@ -248,23 +294,34 @@ class Stage:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least, most = self.phases[0].min_workers, self.phases[0].max_workers
         ask_autoscaler(self.config, most)
-        room = room_for(self.config, most)
+        room = self._room()
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
-            add_event(self.run, "waiting", room=room, min_workers=least)
+            self._tell("waiting", room=room, min_workers=least)
             charge(self.run, "restart")
-            while (room := room_for(self.config, most)) < least:
+            while (room := self._room()) < least:
                 if self._interrupts.by is not None:
-                    raise Interrupted(self._resume_line(newest_step(self.run)), self._interrupts.by)
+                    raise self._interrupted()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
-        before = read_state(self.run).get("world_size")
+        before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
-            add_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
+            self._tell("resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
         if self._vaults is not None:
             self._vaults.cover()
         return room
+
+    def _room(self) -> int:
+        """How many workers to start, of those allowed.
+
+        What nodes have says nothing of what others use of it: a number that did not start is not
+        tried again for a while, where a smaller one is allowed.
+        """
+        least, most = self.phases[0].min_workers, self.phases[0].max_workers
+        if self._no_room_for is not None and time.monotonic() < self._no_room_until:
+            most = max(min(most, self._no_room_for - 1), least)
+        return room_for(self.config, most)
 
     # -- supervision -------------------------------------------------------------------------------
 
@@ -277,9 +334,9 @@ class Stage:
         if self._interrupts.by is not None:
             self._ask(INTERRUPT)
         elif leaving := draining_nodes() & self._nodes_at_work():
-            add_event(self.run, "preemption", nodes=sorted(leaving))
-            self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
             self._ask(PREEMPTION)
+            self._tell("preemption", nodes=sorted(leaving))
+            self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
         elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
             if self._vaults is not None:
@@ -299,12 +356,12 @@ class Stage:
         return set(state.get("nodes", ())) if state.get("attempt", 0) > self._before else set()
 
     def _ask(self, reason: str) -> None:
-        self._asked, self._asked_at = reason, time.monotonic()
         request_stop(self.run, reason)
+        self._asked, self._asked_at = reason, time.monotonic()
 
     def _should_grow(self, world_size: int, started: float) -> bool:
         """Whether more workers would fit, and stopping for them pays."""
-        room = room_for(self.config, self.phases[0].max_workers)
+        room = self._room()
         records = self._records_now(world_size)
         if room <= world_size or len(records) < 3:
             return False
@@ -324,8 +381,7 @@ class Stage:
         cluster = self.config.cluster
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
         if pays:
-            add_event(
-                self.run,
+            self._tell(
                 "grow",
                 step=step,
                 workers=room,

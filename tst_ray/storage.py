@@ -5,6 +5,10 @@ atomic, and what survives a crash, is decided in one place:
 
 - `write` replaces a file as a whole: a reader sees the old content or the new, never a part.
 - `append` adds lines; where the filesystem cannot append, the file is replaced.
+
+Whatever a filesystem's library raises, `Storage` raises OSError: those who can wait for storage, or
+do without it, need to know one kind of error. "Not there" is only what the filesystem says is not
+there; one that does not answer is an error.
 """
 
 from __future__ import annotations
@@ -12,15 +16,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import threading
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from tst_ray.errors import RunError
+from tst_ray.errors import RunError, UserError
+from tst_ray.timeouts import STORAGE_S
+
+Value = TypeVar("Value")
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.5  # between two tries; each next one is twice as long …
+_LONGEST_PAUSE_S = 15.0  # … up to this
 
 _APPEND_LOCK = threading.Lock()  # the loop and the checkpoint thread both add events
 
@@ -62,36 +77,47 @@ class Storage:
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there now (listings are not cached)."""
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(self.at(name) if name else self.path))
+        # Not the filesystem's own `exists`: fsspec's says no, too, where it could not look.
+        with self._os_errors():
+            self._fs.invalidate_cache()
+            try:
+                self._fs.info(self.at(name) if name else self.path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
     def names(self) -> list[str]:
         """What is in this folder, sorted; empty where the folder is missing."""
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self.path, detail=False)
-        except FileNotFoundError:
-            return []
+        with self._os_errors():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self.path, detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        self._fs.invalidate_cache()
-        return int(self._fs.size(self.at(name)))
+        with self._os_errors():
+            self._fs.invalidate_cache()
+            return int(self._fs.size(self.at(name)))
 
     def read(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError."""
-        return bytes(self._fs.cat_file(self.at(name)))
+        with self._os_errors():
+            return bytes(self._fs.cat_file(self.at(name)))
 
     def open(self, name: str) -> Any:
         """A binary file to read, for what is too large for `read`."""
-        return self._fs.open(self.at(name), "rb")
+        with self._os_errors():
+            return self._fs.open(self.at(name), "rb")
 
     def write(self, name: str, content: bytes | str) -> None:
         """Replace a file as a whole; on a local disk it has reached the disk on return."""
         data = content.encode() if isinstance(content, str) else content
         if not self.is_local:
-            self._fs.pipe_file(self.at(name), data)  # object stores put whole objects
+            with self._os_errors():
+                self._fs.pipe_file(self.at(name), data)  # object stores put whole objects
             return
         target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,17 +154,19 @@ class Storage:
 
     def make(self) -> None:
         """Make this folder and those above it."""
-        self._fs.makedirs(self.path, exist_ok=True)
+        with self._os_errors():
+            self._fs.makedirs(self.path, exist_ok=True)
 
     def upload(self, local: str, name: str) -> None:
         """Copy a local file into this folder."""
-        self._fs.put_file(local, self.at(name))
+        with self._os_errors():
+            self._fs.put_file(local, self.at(name))
 
     def remove(self, name: str = "") -> None:
         """Remove a file, or this folder with all in it; nothing there is no error."""
-        target = self.at(name) if name else self.path
-        if self._fs.exists(target):
-            self._fs.rm(target, recursive=True)
+        if self.exists(name):
+            with self._os_errors(), contextlib.suppress(FileNotFoundError):
+                self._fs.rm(self.at(name) if name else self.path, recursive=True)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value; None where the file is missing."""
@@ -172,7 +200,7 @@ class Storage:
         try:
             size = self.size(name)
             start = max(size - num_bytes, 0)
-            data = self._fs.cat_file(self.at(name), start=start, end=size)
+            data = self._part(name, start, size)
         except FileNotFoundError:
             return 0, []
         if start:
@@ -184,7 +212,25 @@ class Storage:
         if self.is_local:
             os.truncate(self.at(name), num_bytes)
         else:
-            self.write(name, self._fs.cat_file(self.at(name), start=0, end=num_bytes))
+            self.write(name, self._part(name, 0, num_bytes))
+
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        """The bytes [start, end) of a file."""
+        if start == end:
+            return b""  # some object stores take an empty range for the whole
+        with self._os_errors():
+            return bytes(self._fs.cat_file(self.at(name), start=start, end=end))
+
+    @contextlib.contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        """What libraries of object stores raise on a network's errors is often no OSError."""
+        try:
+            yield
+        except (OSError, UserError):
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(f"{self.url}: {reason}") from error
 
     def check_writable(self) -> None:
         """Make the folder and write to it.
@@ -203,6 +249,28 @@ class Storage:
                 f"run.storage: cannot write to {self.url} ({reason}); give a folder this user may "
                 "write to"
             ) from error
+
+
+def patiently(action: Callable[[], Value], patience_s: float = STORAGE_S) -> Value:
+    """What `action` returns; while storage does not let it, it is tried again.
+
+    For what a run cannot do without, and may not guess. What is missing is no reason to wait.
+
+    Raises:
+        OSError: the last one, once `patience_s` seconds are over.
+    """
+    deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if time.monotonic() + pause_s > deadline:
+                raise
+            log.warning("trying again in %.1f s: %s", pause_s, error)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _records(lines: list[str]) -> list[dict[str, Any]]:

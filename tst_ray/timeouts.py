@@ -9,12 +9,20 @@ to say, and the outer ones only catch what it cannot:
     a worker's death, seen by Ray Train     GROUP_POLL_S         the attempt ends, the next starts
     one beat of a worker (a batch to come,  `Bounds`: 10 x the   its watchdog writes every thread's
       a step, a piece of an evaluation, a     longest seen, and    stack, then ends the process: the
-      save)                                   fault.hang_s at      attempt ends, the next starts
+      copy of the state)                      fault.hang_s at      attempt ends, the next starts
                                               least
     the first beats, of which none is       fault.start_s        the same
       known: imports, compile, load
+    a checkpoint to be committed            `Bounds`: 10 x the   the same
+                                              longest seen, and
+                                              fault.start_s at
+                                              least
     a worker told to end by its watchdog    ABORT_GRACE_S        it is killed (SIGKILL)
-    the processes of a group, to start      GROUP_START_S        the nodes are counted again
+    the processes of a group, to start      GROUP_START_S        the nodes are counted again, and
+                                                                   so many workers not tried again
+                                                                   for NO_ROOM_S, where fewer do
+    storage to answer, where a run cannot   STORAGE_S            an error: of a worker, the attempt
+      go on without                                                ends; of the driver, the run
     a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it
     a worker to answer Ray Train            WORKER_ANSWER_S      the attempt ends
     a lease on remote storage               runstore._LEASE_S    another driver may take the run
@@ -31,8 +39,13 @@ STOP_POLL_S = 0.5
 GROUP_POLL_S = 0.25  # Ray Train's default is 2; each poll is one small call a worker
 ABORT_GRACE_S = 5.0
 GROUP_START_S = 60.0
+STORAGE_S = 300.0
+NO_ROOM_S = 600.0
 COLLECTIVE_S = 1800.0
 WORKER_ANSWER_S = 2400.0
+
+COMMIT = "commit"
+"""The beat of waiting for a checkpoint: storage that is slow is no hang."""
 
 _FACTOR = 10.0
 _KNOWN = 3  # beats of a kind after which its bound is the run's own
@@ -58,6 +71,8 @@ class Bounds:
     def bound_s(self, kind: str) -> float:
         """Seconds after which a beat of this kind is taken for a hang."""
         seen = self._seen.get(kind, ())
+        if kind == COMMIT:
+            return max(self.unknown_s, _FACTOR * max(seen, default=0.0))
         if len(seen) < _KNOWN:
             return self.unknown_s
         return max(self.least_s, _FACTOR * max(seen))

@@ -38,12 +38,13 @@ from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase
 from tst_ray.speed import Speed
 from tst_ray.storage import Storage
-from tst_ray.timeouts import Bounds
+from tst_ray.timeouts import COMMIT, Bounds
 from tst_ray.watchdog import Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
 
 _MEMORY_KEEP = 2
+_SAVE_AGAIN_S = 2.0  # what keeps storage from taking a checkpoint may pass
 
 
 def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
@@ -341,17 +342,20 @@ class Trainer:
         self.passed_over = steps_passed_over(rollbacks)
 
     def save(self, step: int, saver: Checkpointer) -> None:
-        """Start a checkpoint of the state after `step` steps."""
-        self.expect("save", step)
+        """Start a checkpoint of the state after `step` steps, once the one before is done."""
         started = time.perf_counter()
-        self.journal.flush()  # a committed step is not trained again, so its line must stand
+        self._wait_for(saver, step)
+        self.expect("save" if saver.background else COMMIT, step)
+        # A committed step is not trained again, so its line must stand.
+        problem = None if self.journal.flush() else OSError("the steps' lines cannot be written")
         data_tokens, latent_tokens = self.plan.tokens_after(step)
         meta = {
             "attempt": self.journal.attempt,
             "data_tokens": data_tokens,
             "latent_tokens": latent_tokens,
         }
-        saver.save(step, self.state(), meta)
+        prune = not self.guard.suspicious  # else what it would go back to might be gone
+        saver.save(step, self.state(), meta, problem=problem, prune=prune)
         self.journal.timing(stall_s=time.perf_counter() - started)
 
     def roll_back(self, rollback: Rollback, step: int) -> Ended:
@@ -410,6 +414,7 @@ class Trainer:
         assert reason is not None
         if reason != FAILED_SAVES:
             self.save(step, self.checkpointer)
+            self._save_again(step)
         self._wait_for_saves(step)
         self.journal.event("stop", step=step, reason=reason)
         self.journal.finish(step)
@@ -417,14 +422,32 @@ class Trainer:
 
     def finish(self, step: int) -> None:
         """Wait for the last checkpoint, and say where the run stands."""
+        self._save_again(step)
         self._wait_for_saves(step)
         self.journal.finish(step)
 
+    def _save_again(self, step: int) -> None:
+        """Try a group's last checkpoint again where it failed: no next one will do better."""
+        most = self.config.fault.max_failed_saves
+        while True:
+            self._wait_for(self.checkpointer, step)
+            failed = self.ranks.gather(self.checkpointer.failed_saves)[0]
+            if not 0 < failed < most:
+                return
+            time.sleep(_SAVE_AGAIN_S)
+            self.save(step, self.checkpointer)
+
     def _wait_for_saves(self, step: int) -> None:
-        self.expect("save", step)
         for saver in (self.memory, self.checkpointer):
             if saver is not None:
-                saver.wait()
+                self._wait_for(saver, step)
+
+    def _wait_for(self, saver: Checkpointer, step: int) -> None:
+        """Wait until a save is committed, as long as storage has been seen to take, and more."""
+        self.expect(COMMIT, step)
+        saver.wait()
+        if self.watchdog is not None:
+            self.watchdog.bounds.saw(COMMIT, saver.save_s)
 
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

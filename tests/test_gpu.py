@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray import model as model_module
 from tst_ray.job import Place
 from tst_ray.superposition import (
     bag_weights,
@@ -77,8 +78,12 @@ def test_bags_are_embedded_without_their_embeddings_in_memory() -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_run_in_bfloat16_on_the_device(tmp_path: Path, compile: bool) -> None:
-    """Both phases under FSDP2's mixed precision, checkpointed in the background, and resumed."""
+def test_a_run_in_bfloat16_on_the_device(
+    tmp_path: Path, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both phases under FSDP2's mixed precision, a group a block, the logits in chunks."""
+    monkeypatch.setattr(model_module, "_ONE_GROUP_BYTES", 0)
+    monkeypatch.setattr(model_module, "WHOLE_LOGITS_BYTES", 20 * 97 * 4)
     manifest = make_corpus(tmp_path / "corpus")
     config = make_config(
         tmp_path,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
 from tst_ray import model as model_module
@@ -114,6 +115,25 @@ def test_phase_two_runs_no_superposition_code(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(AssertionError, match="superposition code ran"):
         bags = a_phase(bag_size=S, num_sequences=B, latent_length=L)
         model(tokens_for(bags), bags)
+
+
+@pytest.mark.parametrize("bag_size", [1, S])
+def test_no_forward_pass_looks_at_values(bag_size: int) -> None:
+    """On a GPU each look would wait for all that is queued."""
+    phase = a_phase(bag_size=bag_size, num_sequences=B, latent_length=L)
+    model, looks = build_model(tiny("llama"), seed=0), []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "_local_scalar_dense" in str(op):
+                looks.append(op)
+            return op(*args, **kwargs or {})
+
+    with Looks():
+        model(tokens_for(phase), phase).objective.backward()
+    assert looks == []
 
 
 def test_large_logits_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tst_ray import sharded
-from tst_ray.sharded import make_scratch, num_bytes, read_full, write
+from tst_ray.sharded import Stager, make_scratch, num_bytes, read_full, write
 from tst_ray.storage import Storage
 
 
@@ -105,3 +105,22 @@ def test_where_memory_is_short_files_wait_on_the_disk(tmp_path: Path) -> None:
 def test_bytes_of_a_state() -> None:
     state = {"w": torch.zeros(3, 4), "deep": {"b": torch.zeros(5, dtype=torch.bfloat16), "n": 7}}
     assert num_bytes(state) == 3 * 4 * 4 + 5 * 2
+
+
+def test_beside_a_gpu_nothing_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is in host memory: neither DCP's copy ahead nor pinning has work to do."""
+    from torch.distributed.checkpoint import filesystem, staging
+
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the GPU was touched")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", forbidden)
+    create = staging._create_cpu_state_dict
+
+    def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
+        assert not pin_memory
+        return create(*args, **options)
+
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", unpinned)
+    assert write(Stager().stage(make_state()), tmp_path)

@@ -152,6 +152,16 @@ def test_storage_that_is_slow_is_no_hang() -> None:
     assert bounds.bound_s(timeouts.COMMIT) == 2000.0
 
 
+def test_what_is_forgotten_is_unknown_again() -> None:
+    """A phase's first step may compile; how long those of the one before took says nothing."""
+    bounds = Bounds(least_s=60.0, unknown_s=600.0)
+    for _ in range(10):
+        bounds.saw("step", 1.0)
+        bounds.saw("evaluation", 1.0)
+    bounds.forget("step", "data")
+    assert (bounds.bound_s("step"), bounds.bound_s("evaluation")) == (600.0, 60.0)
+
+
 def test_each_time_out_fits_into_the_next() -> None:
     from tst_ray.config import FaultConfig
 

@@ -257,6 +257,10 @@ def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
     journal = Journal(Storage(job.run_url), job.plan, Writer(0, 1))
     trainer = Trainer(job, Place(), Ranks(), journal, beats)  # type: ignore[arg-type]
     trainer.restore()
+    for _ in range(10):
+        beats.bounds.saw("step", 1.0)
+    trainer.start_phase(job.plan.phases[0], 0)
+    assert beats.bounds.bound_s("step") == 600.0  # the phase's first step may compile
     saver, waited = trainer.checkpointer, []
     write = saver._write
 

@@ -46,6 +46,13 @@ def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[to
     return out
 
 
+def to_device(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Tokens on the device, on their way there while the loop goes on."""
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()  # a copy from other memory would wait for the device
+    return tokens.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Validation:
     """This rank's share of the held-out sequences, in micro-batches of equal number on all ranks.

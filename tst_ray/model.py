@@ -25,8 +25,11 @@ N = n·L, E experts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -139,17 +142,18 @@ class SuperpositionLM(nn.Module):
 
     def _hidden(self, inputs: Tensor, with_router: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Hidden states [n, L, d] of token ids [n, L] or bags [n, L, s], and router logits."""
-        options = {"output_router_logits": True} if with_router else {}
-        base = self.hf_model.base_model
+        options: dict[str, Any] = {"output_router_logits": True} if with_router else {}
         if inputs.dim() == 2:
-            out = base(input_ids=inputs, use_cache=False, **options)
+            options["input_ids"] = inputs
         else:
             embedding = self.hf_model.get_input_embeddings()
             bags_nLd = embed_bags(embedding.weight, inputs)
             scale = embedding_scale(embedding)
             if isinstance(scale, Tensor) or scale != 1:
                 bags_nLd = bags_nLd * scale
-            out = base(inputs_embeds=bags_nLd, use_cache=False, **options)
+            options["inputs_embeds"] = bags_nLd
+        with _one_text_a_row():
+            out = self.hf_model.base_model(use_cache=False, **options)
         return out.last_hidden_state, out.router_logits if with_router else ()
 
     # -- losses, each summed over its targets ------------------------------------------------------
@@ -226,6 +230,21 @@ class SuperpositionLM(nn.Module):
         if isinstance(self, FSDPModule):
             self.set_requires_gradient_sync(is_last)
             self.set_is_last_backward(is_last)
+
+
+@contextlib.contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """While transformers masks attention, it need not look for several texts packed in a row.
+
+    It would look at the positions' values, and so wait for the device in each forward pass.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    with contextlib.ExitStack() as stack:
+        if hasattr(masking_utils, name):
+            stack.enter_context(mock.patch.object(masking_utils, name, lambda positions: None))
+        yield
 
 
 def _inputs_and_targets(tokens: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:
@@ -314,7 +333,7 @@ def _join_group(precision: str, device: torch.device) -> bool:
         return dist.get_world_size() > 1 or precision != "float32"
     if precision != "float32":
         store = dist.HashStore()  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return True
     return False

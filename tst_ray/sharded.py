@@ -40,16 +40,25 @@ class Stager:
     """
 
     def __init__(self) -> None:
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._stager: BlockingAsyncStager | None = None
 
     def stage(self, state: dict[str, Any]) -> Any:
         """A copy, which the next call overwrites."""
+        if self._stager is None:
+            # Not wherever a GPU is: pinning takes a context on it, and this may train on CPUs.
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=_is_on_gpu(state))
         staged = self._stager.stage(state)
         if not self._stager.cache_staged_state_dict:
             # On its own, the stager would only pin memory to keep, and that takes a GPU.
             self._stager.cache_staged_state_dict = True
             self._stager.state_dict_cache = staged
         return staged
+
+
+def _is_on_gpu(state: Any) -> bool:
+    if isinstance(state, dict):
+        return any(map(_is_on_gpu, state.values()))
+    return isinstance(state, torch.Tensor) and state.is_cuda
 
 
 def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
@@ -67,7 +76,14 @@ def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
         OSError: on every rank, where any could not.
     """
     files = _HashedFiles()
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, overwrite=True)
+    writer = dcp.FileSystemWriter(
+        folder,
+        single_file_per_rank=True,
+        overwrite=True,
+        # All is in host memory. Where it sees a GPU, DCP would copy ahead on its stream all the
+        # same, and wait there, every 10 MB, for whatever training has queued.
+        per_thread_copy_ahead=0,
+    )
     writer.fs = files
     with _ordinary_errors():
         dcp.save(staged, storage_writer=writer, process_group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from typing import Any
 
@@ -11,20 +12,26 @@ from tst_ray.plan import ModelShape, Phase, Plan, flops_per_step
 
 # Dense bf16 matrix FLOP/s by CUDA device name, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
+    "A10": 125e12,
 }
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a device by its CUDA name; None where it is not known."""
-    matches = [name for name in PEAK_FLOPS if name in device_name]
+    matches = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 

@@ -68,6 +68,11 @@ class Bounds:
         """Note how long a beat took."""
         self._seen.setdefault(kind, deque(maxlen=_REMEMBERED)).append(seconds)
 
+    def forget(self, *kinds: str) -> None:
+        """What was seen of these kinds says nothing of those to come."""
+        for kind in kinds:
+            self._seen.pop(kind, None)
+
     def bound_s(self, kind: str) -> float:
         """Seconds after which a beat of this kind is taken for a hang."""
         seen = self._seen.get(kind, ())

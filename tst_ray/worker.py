@@ -26,7 +26,7 @@ from pipelines.ingest import BatchMismatch, Columns, check_batch, load_manifest
 from pipelines.order import digest, named_spans
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
-from tst_ray.batches import Validation, micro_batches, timed
+from tst_ray.batches import Validation, micro_batches, timed, to_device
 from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
 from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
@@ -183,14 +183,14 @@ class Trainer:
         passed_over = self.passed_over(step)
         lr = self.config.train.learning_rate * self.plan.lr_multiplier(step)
         losses = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2)]
-        norm = 0.0
+        norm_tensor = torch.zeros((), device=self.device)
         if not passed_over:
             seed_step(self.config.run.seed, step, self.place.rank)
             losses = self._backward(phase, batch)
-            norm = float(clip_grad_norm(self.model, self.config.train.clip_norm))
+            norm_tensor = clip_grad_norm(self.model, self.config.train.clip_norm)
 
-        sums = self.all_sum(losses, [*lanes.tolist(), self._wish()])
-        self.stop_reason = STOPS[int(sums[-1]) - 1] if sums[-1] else None
+        *sums, wish, norm = self.all_sum(losses, [*lanes.tolist(), self._wish()], [norm_tensor])
+        self.stop_reason = STOPS[int(wish) - 1] if wish else None
         mark: str | None = PASSED_OVER
         if not passed_over:
             mark = self.guard.observe(step, sums[0], norm)
@@ -207,7 +207,7 @@ class Trainer:
             "grad_norm": None if passed_over else norm,
             "world_size": self.place.world_size,
             "attempt": self.journal.attempt,
-            "data_digest": digest(sums[2:-1]),
+            "data_digest": digest(sums[2:]),
             "mark": mark,
         }
         if self.model.has_router:
@@ -222,8 +222,7 @@ class Trainer:
         pieces = micro_batches(batch, self.config.train.micro_batch_size)
         for number, (tokens, num_real) in enumerate(pieces):
             self.model.set_last_micro_batch(number == len(pieces) - 1)
-            tokens = tokens.to(self.device, non_blocking=True)
-            out = self.model(tokens, phase, num_real=num_real)
+            out = self.model(to_device(tokens, self.device), phase, num_real=num_real)
             out.objective.backward()
             loss_sum += out.loss.detach()
             router_sum += out.router_loss.detach()
@@ -237,18 +236,30 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens, num_real in self.validation.micro_batches:
             self.expect("evaluation", step)
-            total += self.model.next_token_loss(tokens.to(self.device), num_real=num_real)
+            tokens = to_device(tokens, self.device)
+            total += self.model.next_token_loss(tokens, num_real=num_real)
         loss = self.all_sum([total])[0] / self.validation.num_targets
         self.journal.timing(eval_s=time.perf_counter() - started)
         return loss
 
-    def all_sum(self, values: list[torch.Tensor], lanes: Sequence[int] = ()) -> list[float]:
-        """Sum scalar tensors and integers below 2^40 over the ranks, in one collective; float64."""
+    def all_sum(
+        self,
+        values: list[torch.Tensor],
+        lanes: Sequence[int] = (),
+        alike: Sequence[torch.Tensor] = (),
+    ) -> list[float]:
+        """Sum over the ranks, in one collective, and wait for the device once; float64.
+
+        Args:
+            values: scalar tensors to sum.
+            lanes: integers below 2^40 to sum.
+            alike: scalar tensors that all ranks have alike, and that come after the sums.
+        """
         exact = torch.tensor(lanes, dtype=torch.float64, device=self.device)
         packed = torch.cat([torch.stack(values).double(), exact])
         if dist.is_initialized():
             dist.all_reduce(packed)
-        return list(packed.tolist())
+        return list(torch.cat([packed, *(value.double().view(1) for value in alike)]).tolist())
 
     def _wish(self) -> int:
         """What this rank wants all to do after the step: a place in `STOPS`, from 1; 0 nothing."""
@@ -398,6 +409,8 @@ class Trainer:
         """Record that a phase begins or goes on."""
         if step == phase.first_step:
             self.guard.start_phase()
+        if self.watchdog is not None:  # its first step may compile, and reading start anew
+            self.watchdog.bounds.forget("step", "data")
         self.journal.event(
             "phase_start",
             phase=phase.index,

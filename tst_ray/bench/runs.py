@@ -142,7 +142,12 @@ _SIZES = {  # so that a step takes about 30 ms, or more than 100, on one core of
 
 
 def step() -> list[Figure]:
-    """Steps under Ray on one worker against a bare loop in one process, and phase against phase."""
+    """Steps under Ray on one worker against a bare loop in one process, and phase against phase.
+
+    Both on the GPU where there is one.
+    """
+    import torch
+
     prepared_demo()
     figures = []
     for name, (batch_size, at_least) in _SIZES.items():
@@ -155,6 +160,7 @@ def step() -> list[Figure]:
                 "tst.bag_size": bag_size,
                 "tst.ratio": 0.5,
                 "cluster.workers": 1,
+                "cluster.gpus_per_worker": int(torch.cuda.is_available()),
                 "metrics.val_sequences": 1,
             }
             bare = _bare_loop(settings, 40 if batch_size == 16 else 15)
@@ -213,7 +219,7 @@ def bare_steps(overrides: list[str], steps: int) -> None:
 
     config = load_config(None, overrides)
     torch.set_num_threads(config.train.threads or 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
     model = build_model(
         hf_config(config.model, vocab_size=config.data.vocab_size, eot_token=0),
         seed=0,

@@ -360,7 +360,7 @@ def test_a_last_checkpoint_that_failed_is_tried_again(
     def room_was_made(seconds: float) -> None:
         disk.full = False
 
-    monkeypatch.setattr("tst_ray.worker.time.sleep", room_was_made)
+    monkeypatch.setattr("tst_ray.saving.time.sleep", room_was_made)
     assert train(job, Place(), batches) == Ended(12, "done")
     assert committed(Storage(job.run_url) / "checkpoints")[0].step == 12
     assert events_of(job, "checkpoint_failed")
@@ -372,7 +372,7 @@ def test_a_last_checkpoint_is_tried_no_more_often_than_allowed(
     disk = FullDisk(monkeypatch, "/checkpoints/")
     job = tiny_job(tmp_path, manifest, train__steps=4, checkpoint__every=100)
     disk.full = True
-    monkeypatch.setattr("tst_ray.worker._SAVE_AGAIN_S", 0.0)
+    monkeypatch.setattr("tst_ray.saving._AGAIN_S", 0.0)
     assert train_on(job) == Ended(4, "done")
     assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4] * 3
 

@@ -217,8 +217,8 @@ def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Man
     new.journal.write_state(0)
     with pytest.raises(RunError, match="another attempt of this run has taken over"):
         old.journal.write_state(0)
-    old.save(3, old.checkpointer)
-    old.checkpointer.wait()
+    old.saving.now(3, is_suspicious=False)
+    old.saving.wait(3)
     assert committed(Storage(job.run_url) / "checkpoints") == []
     for trainer in (old, new):
         trainer.journal.close()
@@ -261,7 +261,7 @@ def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
         beats.bounds.saw("step", 1.0)
     trainer.start_phase(job.plan.phases[0], 0)
     assert beats.bounds.bound_s("step") == 600.0  # the phase's first step may compile
-    saver, waited = trainer.checkpointer, []
+    saver, waited = trainer.saving.storage, []
     write = saver._write
 
     def slow(*args: Any) -> Any:
@@ -277,7 +277,7 @@ def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
     saver.wait = noted  # type: ignore[method-assign]
     if not background:
         saver._write = slow  # type: ignore[method-assign]
-    trainer.save(1, saver)
+    trainer.saving.now(1, is_suspicious=False)
     trainer.finish(1)
     journal.close()
     # Inside `Checkpointer.save` the one before is done, and there is nothing to wait for.

@@ -370,7 +370,7 @@ class FaultConfig(_Section):
     hang_s: float | None = Field(default=60.0, gt=0)
     """seconds without progress that are a hang, raised by the run's own times; null: never"""
     start_s: float = Field(default=600.0, gt=0)
-    """seconds that a worker's first steps may take: loading, compiling"""
+    """seconds that a phase's first steps may take (loading, compiling), or storing a checkpoint"""
 
 
 class Config(_Section):

@@ -27,8 +27,7 @@ from pipelines.order import digest, named_spans
 from pipelines.permute import combine
 from tst_ray.architecture import describe, hf_config
 from tst_ray.batches import Validation, micro_batches, timed, to_device
-from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
-from tst_ray.checkpointer import Checkpointer
+from tst_ray.checkpoint import CheckpointInfo, Ranks
 from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
@@ -36,15 +35,13 @@ from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase
+from tst_ray.saving import Saving
 from tst_ray.speed import Speed
 from tst_ray.storage import Storage
-from tst_ray.timeouts import COMMIT, Bounds
+from tst_ray.timeouts import Bounds
 from tst_ray.watchdog import Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
-
-_MEMORY_KEEP = 2
-_SAVE_AGAIN_S = 2.0  # what keeps storage from taking a checkpoint may pass
 
 
 def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
@@ -83,7 +80,7 @@ def train_phases(trainer: Trainer, job: Job, open_batches: OpenBatches) -> Ended
                 return trainer.roll_back(rollback, step)
             if trainer.stop_reason:
                 return trainer.stop(step)
-            trainer.save_if_due(step)
+            trainer.saving.if_due(step, trainer.guard.suspicious)
             trainer.expect("data", step)
             if step == phase.last_step:
                 break
@@ -139,7 +136,7 @@ class Trainer:
             activation_checkpointing=config.train.activation_checkpointing,
         )
         self.optimizer = build_optimizer(self.model, config.train)
-        self.checkpointer, self.memory = self._checkpointers()
+        self.saving = Saving(job, ranks, journal, watchdog, self.state)
         self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)
         self.speed = Speed(self.plan, describe(self.hf_config), place.device, place.world_size)
         self.guard = Guard(config.fault)
@@ -147,30 +144,6 @@ class Trainer:
         self.stop_reason: str | None = None
         self._state: dict[str, Any] | None = None
         self.times["built"] = round(time.time(), 3)
-
-    def _checkpointers(self) -> tuple[Checkpointer, Checkpointer | None]:
-        """Those of storage, and of memory where there is one."""
-        settings, is_current = self.config.checkpoint, self.journal.is_current
-        durable = Checkpointer(
-            self.run / "checkpoints",
-            keep=settings.keep,
-            background=settings.async_,
-            on_event=self.journal.event,
-            is_current=is_current,
-        )
-        if self.job.memory_url is None:
-            return durable, None
-        memory = Checkpointer(
-            Storage(self.job.memory_url) / "checkpoints",
-            keep=_MEMORY_KEEP,
-            background=settings.async_,
-            # Every hundred steps or so: only what goes wrong is worth a line.
-            on_event=lambda kind, **details: (
-                None if kind == "checkpoint" else self.journal.event(kind, memory=True, **details)
-            ),
-            is_current=is_current,
-        )
-        return durable, memory
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -264,7 +237,7 @@ class Trainer:
     def _wish(self) -> int:
         """What this rank wants all to do after the step: a place in `STOPS`, from 1; 0 nothing."""
         if self.place.rank == 0:
-            if self.checkpointer.failed_saves >= self.config.fault.max_failed_saves:
+            if self.saving.failed >= self.config.fault.max_failed_saves:
                 return STOPS.index(FAILED_SAVES) + 1
             if reason := self.journal.stop_reason():
                 return STOPS.index(reason) + 1
@@ -281,20 +254,6 @@ class Trainer:
         """At every `metrics.val_every` steps, and where a phase ends."""
         return step % self.config.metrics.val_every == 0 or step == phase.last_step
 
-    def save_if_due(self, step: int) -> None:
-        """Save to memory and to storage, each at its own interval; to storage where a stage ends.
-
-        A state that the guard mistrusts is kept only there.
-        """
-        settings, ends = self.config.checkpoint, step == self.job.last_step
-        if self.guard.suspicious and not ends:
-            return
-        every = settings.memory_every
-        if self.memory is not None and every and step % every == 0 and not ends:
-            self.save(step, self.memory)
-        if step % settings.every == 0 or ends:
-            self.save(step, self.checkpointer)
-
     def state(self) -> dict[str, Any]:
         """Model and optimizer state by parameter name, sharded as they are; live tensors.
 
@@ -307,19 +266,18 @@ class Trainer:
 
     def restore(self) -> int:
         """Load the newest good checkpoint and open the journal behind it; the finished steps."""
-        roots = [saver.root for saver in (self.memory, self.checkpointer) if saver is not None]
-        info = find_good(roots, self.journal.event, self.ranks)
+        info = self.saving.newest_good()
         self.times["verified"] = round(time.time(), 3)
         if info is not None:
             self._load(info)
         step = info.step if info else 0
         self.times["loaded"] = round(time.time(), 3)
-        self._begin(step, in_memory=bool(info and self.memory and self.memory.holds(info)))
+        self._begin(step, in_memory=bool(info and self.saving.is_in_memory(info)))
         return step
 
     def _load(self, info: CheckpointInfo) -> None:
         state = full_state(self.model, self.optimizer)
-        self.checkpointer.load(info, state)
+        self.saving.load(info, state)
         set_state_dict(
             self.model,
             self.optimizer,
@@ -352,30 +310,13 @@ class Trainer:
         self.num_rollbacks = len(rollbacks)
         self.passed_over = steps_passed_over(rollbacks)
 
-    def save(self, step: int, saver: Checkpointer) -> None:
-        """Start a checkpoint of the state after `step` steps, once the one before is done."""
-        started = time.perf_counter()
-        self._wait_for(saver, step)
-        self.expect("save" if saver.background else COMMIT, step)
-        # A committed step is not trained again, so its line must stand.
-        problem = None if self.journal.flush() else OSError("the steps' lines cannot be written")
-        data_tokens, latent_tokens = self.plan.tokens_after(step)
-        meta = {
-            "attempt": self.journal.attempt,
-            "data_tokens": data_tokens,
-            "latent_tokens": latent_tokens,
-        }
-        prune = not self.guard.suspicious  # else what it would go back to might be gone
-        saver.save(step, self.state(), meta, problem=problem, prune=prune)
-        self.journal.timing(stall_s=time.perf_counter() - started)
-
     def roll_back(self, rollback: Rollback, step: int) -> Ended:
         """Forget the checkpoints since before the offending steps, and pass over their data.
 
         Raises:
             RunError: that was done `fault.max_rollbacks` times already.
         """
-        self._wait_for_saves(step)
+        self.saving.wait(step)
         most = self.config.fault.max_rollbacks
         if self.num_rollbacks >= most:
             raise RunError(
@@ -389,15 +330,12 @@ class Trainer:
         return Ended(step, ROLLBACK)
 
     def _record_rollback(self, rollback: Rollback) -> None:
-        for saver in (self.memory, self.checkpointer):
-            if saver is not None:
-                forget_after(saver.root, rollback.first_step)
-        left = committed(self.checkpointer.root)
+        back_to = self.saving.forget_after(rollback.first_step)
         facts = {
             "first_step": rollback.first_step,
             "last_step": rollback.last_step,
             "why": rollback.why,
-            "back_to": left[0].step if left else 0,
+            "back_to": back_to,
         }
         self.journal.pass_over(facts)
         spans = named_spans(
@@ -426,41 +364,17 @@ class Trainer:
         reason = self.stop_reason
         assert reason is not None
         if reason != FAILED_SAVES:
-            self.save(step, self.checkpointer)
-            self._save_again(step)
-        self._wait_for_saves(step)
+            self.saving.now(step, self.guard.suspicious)
+            self.saving.finish(step, self.guard.suspicious)
+        self.saving.wait(step)
         self.journal.event("stop", step=step, reason=reason)
         self.journal.finish(step)
         return Ended(step, reason)
 
     def finish(self, step: int) -> None:
         """Wait for the last checkpoint, and say where the run stands."""
-        self._save_again(step)
-        self._wait_for_saves(step)
+        self.saving.finish(step, self.guard.suspicious)
         self.journal.finish(step)
-
-    def _save_again(self, step: int) -> None:
-        """Try a group's last checkpoint again where it failed: no next one will do better."""
-        most = self.config.fault.max_failed_saves
-        while True:
-            self._wait_for(self.checkpointer, step)
-            failed = self.ranks.gather(self.checkpointer.failed_saves)[0]
-            if not 0 < failed < most:
-                return
-            time.sleep(_SAVE_AGAIN_S)
-            self.save(step, self.checkpointer)
-
-    def _wait_for_saves(self, step: int) -> None:
-        for saver in (self.memory, self.checkpointer):
-            if saver is not None:
-                self._wait_for(saver, step)
-
-    def _wait_for(self, saver: Checkpointer, step: int) -> None:
-        """Wait until a save is committed, as long as storage has been seen to take, and more."""
-        self.expect(COMMIT, step)
-        saver.wait()
-        if self.watchdog is not None:
-            self.watchdog.bounds.saw(COMMIT, saver.save_s)
 
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

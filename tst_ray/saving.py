@@ -1,0 +1,174 @@
+"""When a worker saves, and what it waits for: checkpoints in storage, and in the memory of nodes.
+
+    after a step ── is one due? ──> memory (checkpoint.memory_every), storage (checkpoint.every)
+    a stage's end, a request to stop ──> storage, tried again where that fails
+    a roll-back ──> what was saved since is removed
+
+The loop waits for the copy of the state; for its way to storage only where another save, or the end
+of the group, must come after. The watchdog is told which of the two it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
+from tst_ray.checkpointer import Checkpointer
+from tst_ray.job import Job
+from tst_ray.journal import Journal
+from tst_ray.storage import Storage
+from tst_ray.timeouts import COMMIT
+from tst_ray.watchdog import Watchdog
+
+_MEMORY_KEEP = 2
+_AGAIN_S = 2.0  # what keeps storage from taking a checkpoint may pass
+
+
+class Saving:
+    """One worker's checkpoints; every rank holds one and calls it in the same order.
+
+    Args:
+        job, ranks, journal, watchdog: the worker's.
+        state: gives what to save, tensors and plain values by name; live.
+
+    Attributes:
+        storage: saves to the run directory.
+        memory: saves to the memory of the cluster; None where there is none.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        ranks: Ranks,
+        journal: Journal,
+        watchdog: Watchdog | None,
+        state: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._job, self._ranks, self._journal, self._watchdog = job, ranks, journal, watchdog
+        self._state = state
+        self._settings = job.config.checkpoint
+        self.storage = self._checkpointer(
+            Storage(job.run_url), self._settings.keep, self._journal.event
+        )
+        self.memory: Checkpointer | None = None
+        if job.memory_url is not None:
+            self.memory = self._checkpointer(
+                Storage(job.memory_url), _MEMORY_KEEP, self._memory_event
+            )
+
+    def _checkpointer(
+        self, place: Storage, keep: int, on_event: Callable[..., None]
+    ) -> Checkpointer:
+        return Checkpointer(
+            place / "checkpoints",
+            keep=keep,
+            background=self._settings.async_,
+            on_event=on_event,
+            is_current=self._journal.is_current,
+        )
+
+    def _memory_event(self, kind: str, **details: Any) -> None:
+        """There is one every hundred steps or so: only what goes wrong is worth a line."""
+        if kind != "checkpoint":
+            self._journal.event(kind, memory=True, **details)
+
+    @property
+    def failed(self) -> int:
+        """Checkpoints in a row that storage did not take; rank 0's counts."""
+        return self.storage.failed_saves
+
+    # -- back --------------------------------------------------------------------------------------
+
+    def newest_good(self) -> CheckpointInfo | None:
+        """The newest checkpoint that verifies, in memory or storage; see `checkpoint.find_good`."""
+        return find_good([saver.root for saver in self._savers()], self._journal.event, self._ranks)
+
+    def is_in_memory(self, info: CheckpointInfo) -> bool:
+        """Whether a checkpoint is one of those in memory."""
+        return self.memory is not None and self.memory.holds(info)
+
+    def load(self, info: CheckpointInfo, state: dict[str, Any]) -> None:
+        """Load a checkpoint into `state`, in place."""
+        self.storage.load(info, state)
+
+    def forget_after(self, step: int) -> int:
+        """Remove the checkpoints of more than `step` steps; the newest step that is left."""
+        for saver in self._savers():
+            forget_after(saver.root, step)
+        left = committed(self.storage.root)
+        return left[0].step if left else 0
+
+    # -- on ----------------------------------------------------------------------------------------
+
+    def if_due(self, step: int, is_suspicious: bool) -> None:
+        """Save to memory and to storage, each at its own interval; to storage where a stage ends.
+
+        A state that the guard mistrusts is kept only there.
+        """
+        ends = step == self._job.last_step
+        if is_suspicious and not ends:
+            return
+        every = self._settings.memory_every
+        if self.memory is not None and every and step % every == 0 and not ends:
+            self._save(step, self.memory, is_suspicious)
+        if step % self._settings.every == 0 or ends:
+            self._save(step, self.storage, is_suspicious)
+
+    def now(self, step: int, is_suspicious: bool) -> None:
+        """Save to storage, whatever is due: the group ends here."""
+        self._save(step, self.storage, is_suspicious)
+
+    def finish(self, step: int, is_suspicious: bool) -> None:
+        """Wait for a group's last checkpoint; try it again where storage did not take it, since no
+        next one will do better, as often as `fault.max_failed_saves` allows."""
+        while True:
+            self.wait(step)
+            failed = self._ranks.gather(self.failed)[0]
+            if not 0 < failed < self._job.config.fault.max_failed_saves:
+                return
+            time.sleep(_AGAIN_S)
+            self._save(step, self.storage, is_suspicious)
+
+    def wait(self, step: int) -> None:
+        """Wait for what is on its way."""
+        for saver in self._savers():
+            self._wait_for(saver, step)
+
+    def _savers(self) -> list[Checkpointer]:
+        """Memory first: of the same step, it is read the faster."""
+        return [saver for saver in (self.memory, self.storage) if saver is not None]
+
+    def _save(self, step: int, saver: Checkpointer, is_suspicious: bool) -> None:
+        """Start a checkpoint of the state after `step` steps, once the one before is done."""
+        started = time.perf_counter()
+        self._wait_for(saver, step)
+        self._expect("save" if saver.background else COMMIT, step)
+        # A committed step is not trained again, so its line must stand.
+        written = self._journal.flush()
+        data_tokens, latent_tokens = self._job.plan.tokens_after(step)
+        meta = {
+            "attempt": self._journal.attempt,
+            "data_tokens": data_tokens,
+            "latent_tokens": latent_tokens,
+        }
+        saver.save(
+            step,
+            self._state(),
+            meta,
+            problem=None if written else OSError("the lines of its steps cannot be written"),
+            prune=not is_suspicious,  # a run may have to go back behind it
+        )
+        self._journal.timing(stall_s=time.perf_counter() - started)
+
+    def _wait_for(self, saver: Checkpointer, step: int) -> None:
+        """Wait until a save is committed, as long as storage was seen to take, and longer."""
+        self._expect(COMMIT, step)
+        saver.wait()
+        if self._watchdog is not None:
+            self._watchdog.bounds.saw(COMMIT, saver.save_s)
+
+    def _expect(self, kind: str, step: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.expect(kind, step)

@@ -106,6 +106,8 @@ def test_what_an_object_stores_library_raises_is_an_oserror(
     def unavailable(*args: Any, **kwargs: Any) -> Any:
         raise ServiceUnavailable("503\nand a long story")
 
+    slept: list[float] = []
+    monkeypatch.setattr("tst_ray.storage.time.sleep", slept.append)
     for method in ("cat_file", "ls", "size", "makedirs", "put_file", "open"):
         monkeypatch.setattr(storage._fs, method, unavailable)
     for ask in (
@@ -117,8 +119,10 @@ def test_what_an_object_stores_library_raises_is_an_oserror(
         lambda: storage.upload("a", "b"),
         lambda: storage.open("a"),
     ):
+        slept.clear()
         with pytest.raises(OSError, match=r"^\S+: 503$"):
             ask()
+        assert slept == ([] if storage.is_local else [0.5, 2.0])
 
 
 def test_nothing_is_kept_by_truncating_to_nothing(
@@ -167,3 +171,37 @@ def test_patience_outlasts_a_failure_and_ends(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(FileNotFoundError):
         patiently(ask)
     assert slept == []
+
+
+def test_of_two_who_add_to_a_log_in_the_same_moment_neither_is_lost(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.make()
+    storage.add("log.jsonl", '{"n": 1}\n')
+    other, original, entered = Storage(storage.url), Storage.write, []
+
+    def write(self: Storage, name: str, content: bytes | str) -> None:
+        if not entered:
+            entered.append(True)
+            other.add("log.jsonl", '{"n": 2}\n')  # after this one has read, and before it writes
+        original(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", write)
+        storage.add("log.jsonl", '{"n": 3}\n')
+    expected = [1, 3] if storage.is_local else [1, 2, 3]  # a local file is opened to append
+    for _ in range(2):
+        assert sorted(r["n"] for r in storage.read_lines("log.jsonl")) == expected
+        assert sorted(r["n"] for r in storage.tail_records("log.jsonl", 1 << 20)) == expected
+        storage.fold("log.jsonl")
+    assert storage.read("log.jsonl").count(b"\n") == len(expected)
+    assert (storage / "log.jsonl.d").names() == []
+
+
+def test_a_log_keeps_its_order(storage: Storage) -> None:
+    storage.make()
+    for n in range(5):
+        storage.add("log.jsonl", f'{{"n": {n}}}\n')
+        if n == 2:
+            storage.fold("log.jsonl")
+    assert [r["n"] for r in storage.read_lines("log.jsonl")] == list(range(5))

@@ -34,7 +34,7 @@ from tst_ray.goodput import Account
 from tst_ray.group import one_line
 from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
-from tst_ray.metrics import add_event, one_line_a_step, write_hparams
+from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ask_autoscaler, check_capacity, ray_session
@@ -111,6 +111,7 @@ class Coordinator:
         """
         with open_run(self.config) as run:
             try:
+                run.fold(EVENTS)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
                     return self._drive(run, "inline")
@@ -261,6 +262,7 @@ class Coordinator:
         if not any(event["event"] == "finish" for event in read_events(run)):
             write_hparams(run, self.config.dump(), final, step)
             add_event(run, "finish", step=step, **final)
+        run.fold(EVENTS)
         update_state(run, status="finished", step=step, **final)
         account = Account.from_dict(read_state(run).get("time"), time.time())
         self._enter(State.FINISHED)

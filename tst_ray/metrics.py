@@ -241,4 +241,4 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def add_event(run: Storage, kind: str, **details: Any) -> None:
     """Add a line to events.jsonl: what happened, when (Unix seconds), and its details."""
     record = {"time": round(time.time(), 3), "event": kind, **details}
-    run.append(EVENTS, json.dumps(record) + "\n")
+    run.add(EVENTS, json.dumps(record) + "\n")

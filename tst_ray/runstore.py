@@ -25,13 +25,14 @@ import yaml
 from tst_ray.config import Config, diff
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.metrics import EVENTS
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
 LOCK = "driver.lock"
 _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
 _RENEW_S = 15.0
 _SETTLE_S = 1.0
+_LET_GO_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +139,13 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
 @contextlib.contextmanager
 def _leased(run: Storage) -> Iterator[None]:
     mine = _owner()
-    _refuse_living(run, _lease(run))
-    run.write_json(LOCK, {**mine, "renewed": time.time()})
+    _refuse_living(run, patiently(lambda: _lease(run)))
+    patiently(lambda: run.write_json(LOCK, {**mine, "renewed": time.time()}))
     # Another driver may have written in the same moment; the last to write holds the lease.
     time.sleep(_SETTLE_S)
-    if _lease(run).get("id") != mine["id"]:
-        _refuse_living(run, _lease(run))
+    lease = patiently(lambda: _lease(run))
+    if lease.get("id") != mine["id"]:
+        _refuse_living(run, lease)
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(run, mine, stop), name="lease", daemon=True)
     thread.start()
@@ -152,8 +154,13 @@ def _leased(run: Storage) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if _lease(run).get("id") == mine["id"]:
-            run.remove(LOCK)
+        with contextlib.suppress(OSError):  # who comes next may have to wait until it is over
+            patiently(lambda: _let_go(run, mine), _LET_GO_S)
+
+
+def _let_go(run: Storage, mine: dict[str, Any]) -> None:
+    if _lease(run).get("id") == mine["id"]:
+        run.remove(LOCK)
 
 
 def _lease(run: Storage) -> dict[str, Any]:

@@ -5,6 +5,8 @@ atomic, and what survives a crash, is decided in one place:
 
 - `write` replaces a file as a whole: a reader sees the old content or the new, never a part.
 - `append` adds lines; where the filesystem cannot append, the file is replaced.
+- `add` adds lines to a log that several processes write. Where the filesystem cannot append, each
+  is a file of its own beside the log, so that none overwrites another's, until `fold` joins them.
 
 Whatever a filesystem's library raises, `Storage` raises OSError: those who can wait for storage, or
 do without it, need to know one kind of error. "Not there" is only what the filesystem says is not
@@ -21,7 +23,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,9 @@ Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S = 0.5  # between two tries; each next one is twice as long …
+_PAUSES_S = (0.5, 2.0)  # before a remote filesystem is asked again
+_ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+_FIRST_PAUSE_S = 0.5  # of those who wait for storage; each next one is twice as long …
 _LONGEST_PAUSE_S = 15.0  # … up to this
 
 _APPEND_LOCK = threading.Lock()  # the loop and the checkpoint thread both add events
@@ -78,46 +82,40 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there now (listings are not cached)."""
         # Not the filesystem's own `exists`: fsspec's says no, too, where it could not look.
-        with self._os_errors():
-            self._fs.invalidate_cache()
-            try:
-                self._fs.info(self.at(name) if name else self.path)
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            return True
+        self._fs.invalidate_cache()
+        try:
+            self._ask(self._fs.info, self.at(name) if name else self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def names(self) -> list[str]:
         """What is in this folder, sorted; empty where the folder is missing."""
-        with self._os_errors():
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.ls(self.path, detail=False)
-            except FileNotFoundError:
-                return []
+        self._fs.invalidate_cache()
+        try:
+            found = self._ask(self._fs.ls, self.path, detail=False)
+        except FileNotFoundError:
+            return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        with self._os_errors():
-            self._fs.invalidate_cache()
-            return int(self._fs.size(self.at(name)))
+        self._fs.invalidate_cache()
+        return int(self._ask(self._fs.size, self.at(name)))
 
     def read(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError."""
-        with self._os_errors():
-            return bytes(self._fs.cat_file(self.at(name)))
+        return bytes(self._ask(self._fs.cat_file, self.at(name)))
 
     def open(self, name: str) -> Any:
         """A binary file to read, for what is too large for `read`."""
-        with self._os_errors():
-            return self._fs.open(self.at(name), "rb")
+        return self._ask(self._fs.open, self.at(name), "rb")
 
     def write(self, name: str, content: bytes | str) -> None:
         """Replace a file as a whole; on a local disk it has reached the disk on return."""
         data = content.encode() if isinstance(content, str) else content
         if not self.is_local:
-            with self._os_errors():
-                self._fs.pipe_file(self.at(name), data)  # object stores put whole objects
+            self._ask(self._fs.pipe_file, self.at(name), data)  # object stores put whole objects
             return
         target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,21 +150,48 @@ class Storage:
             gap = b"\n" if before and not before.endswith(b"\n") else b""
             self.write(name, before + gap + text.encode())
 
+    def add(self, name: str, text: str) -> None:
+        """Add whole lines to a log that other processes add to as well. Raises OSError."""
+        if self.is_local:
+            self.append(name, text)
+        else:
+            (self / f"{name}.d").write(f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}", text)
+
+    def fold(self, name: str) -> None:
+        """Make one file of a log and what was added beside it; one process at a time.
+
+        Killed in the middle of it, lines may stand twice; none is lost.
+        """
+        beside = self._beside(name)
+        if beside:
+            self.append(name, "".join(text for _, text in beside))
+            for part, _ in beside:
+                (self / f"{name}.d").remove(part)
+
+    def _beside(self, name: str) -> list[tuple[str, str]]:
+        """What was added beside a log, oldest first: the files' names, and their lines."""
+        if self.is_local:
+            return []
+        folder = self / f"{name}.d"
+        found = []
+        for part in folder.names():
+            with contextlib.suppress(FileNotFoundError):  # folded just now
+                found.append((part, folder.read(part).decode()))
+        return found
+
     def make(self) -> None:
         """Make this folder and those above it."""
-        with self._os_errors():
-            self._fs.makedirs(self.path, exist_ok=True)
+        self._ask(self._fs.makedirs, self.path, exist_ok=True)
 
     def upload(self, local: str, name: str) -> None:
         """Copy a local file into this folder."""
-        with self._os_errors():
-            self._fs.put_file(local, self.at(name))
+        self._ask(self._fs.put_file, local, self.at(name))
 
     def remove(self, name: str = "") -> None:
         """Remove a file, or this folder with all in it; nothing there is no error."""
         if self.exists(name):
-            with self._os_errors(), contextlib.suppress(FileNotFoundError):
-                self._fs.rm(self.at(name) if name else self.path, recursive=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._ask(self._fs.rm, self.at(name) if name else self.path, recursive=True)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value; None where the file is missing."""
@@ -184,13 +209,19 @@ class Storage:
         try:
             text = self.read(name).decode()
         except FileNotFoundError:
-            return []
-        return _records(text.splitlines())
+            text = ""
+        lines = text.splitlines()
+        for _, more in self._beside(name):
+            lines += more.splitlines()
+        return _records(lines)
 
     def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
         """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
         _, lines = self.tail_lines(name, num_bytes)
-        return _records([line.decode(errors="replace") for line in lines if line.endswith(b"\n")])
+        whole = [line.decode(errors="replace") for line in lines if line.endswith(b"\n")]
+        for _, more in self._beside(name):
+            whole += more.splitlines()
+        return _records(whole)
 
     def tail_lines(self, name: str, num_bytes: int) -> tuple[int, list[bytes]]:
         """The lines that start within the last bytes of a file, and where the first of them does.
@@ -218,19 +249,27 @@ class Storage:
         """The bytes [start, end) of a file."""
         if start == end:
             return b""  # some object stores take an empty range for the whole
-        with self._os_errors():
-            return bytes(self._fs.cat_file(self.at(name), start=start, end=end))
+        return bytes(self._ask(self._fs.cat_file, self.at(name), start=start, end=end))
 
-    @contextlib.contextmanager
-    def _os_errors(self) -> Iterator[None]:
-        """What libraries of object stores raise on a network's errors is often no OSError."""
-        try:
-            yield
-        except (OSError, UserError):
-            raise
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise OSError(f"{self.url}: {reason}") from error
+    def _ask(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What a method of the filesystem returns; a remote one is asked again where it fails.
+
+        Raises:
+            OSError: whatever the filesystem's library raised.
+        """
+        pauses_s = [] if self.is_local else list(_PAUSES_S)
+        while True:
+            try:
+                return method(*args, **options)
+            except (*_ANSWERS, UserError):
+                raise
+            except Exception as error:
+                if not pauses_s:
+                    if isinstance(error, OSError):
+                        raise
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise OSError(f"{self.url}: {reason}") from error
+            time.sleep(pauses_s.pop(0))
 
     def check_writable(self) -> None:
         """Make the folder and write to it.

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipelines.errors import DataError, Unreadable
-from pipelines.storage import locate, one_line, read_bytes, write_atomically
+from pipelines.storage import locate, one_line, os_errors, read_bytes, write_atomically
 
 FORMAT, VERSION = "token-shards", 1
 SPLITS = ("train", "validation")
@@ -201,7 +201,7 @@ def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
     for shard in shards:
         problem = _size_problem(shard, sizes.get(shard.file))
         if problem is None and whole:
-            problem = _checksum_problem(folder, shard)
+            problem = checksum_problem(folder, shard)
         if problem is not None:
             problems[shard.file] = problem
     return problems
@@ -223,10 +223,12 @@ def _size_problem(shard: Shard, size: int | None) -> str | None:
     return f"has {size} bytes instead of {shard.bytes}" if size != shard.bytes else None
 
 
-def _checksum_problem(folder: str, shard: Shard) -> str | None:
+def checksum_problem(folder: str, shard: Shard) -> str | None:
+    """What is wrong with a shard's content; None where nothing is. Raises OSError."""
     filesystem, root = locate(folder)
     digest = hashlib.sha256()
-    with filesystem.open_input_stream(f"{root}/{shard.file}", compression=None) as stream:
+    path = f"{root}/{shard.file}"
+    with os_errors(), filesystem.open_input_stream(path, compression=None) as stream:
         while chunk := stream.read(2**22):
             digest.update(chunk)
     found = digest.hexdigest()
@@ -255,6 +257,6 @@ def verify_checksums(manifest: Manifest) -> None:
     """Check the SHA-256 of every shard: reads the whole corpus. Raises DataError."""
     verify_sizes(manifest)
     for shard in manifest.shards():
-        problem = _checksum_problem(manifest.folder, shard)
+        problem = checksum_problem(manifest.folder, shard)
         if problem is not None:
             raise DataError(f"shard {manifest.folder}/{shard.file} {problem}; {PREPARE_AGAIN}")

@@ -45,10 +45,11 @@ from pipelines.manifest import (
     Shard,
     Source,
     Split,
+    checksum_problem,
     verify_checksums,
     verify_sizes,
 )
-from pipelines.storage import locate, one_line, write_atomically
+from pipelines.storage import locate, one_line, os_errors, write_atomically
 
 __all__ = [
     "MAX_SHARD_TOKENS",
@@ -66,7 +67,7 @@ __all__ = [
 MAX_SHARD_TOKENS = 2**25
 
 
-def _unreadable(where: str, error: Exception) -> str:
+def _told(where: str, error: Exception) -> str:
     return f"{where} cannot be read ({one_line(error)}); {PREPARE_AGAIN}"
 
 
@@ -250,14 +251,15 @@ class TokenReader:
         parquet = self._parquet(index)
         try:
             columns = ["tokens", "crc32"]
-            table = parquet.read_row_group(row, columns=columns, use_threads=False)
+            with os_errors():
+                table = parquet.read_row_group(row, columns=columns, use_threads=False)
             lists = table.column(0).combine_chunks()
             tokens = lists.values.to_numpy()
             checksum = table.column(1)[0].as_py()
         except OSError as error:
-            raise Unreadable(_unreadable(where, error)) from None
-        except (pa.ArrowException, KeyError, IndexError, AttributeError) as error:
-            raise DataError(_unreadable(where, error)) from None
+            raise self._unreadable(shard, where, error) from None
+        except (pa.ArrowException, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise DataError(_told(where, error)) from None
         expected = min(self.row_tokens, shard.tokens - row * self.row_tokens)
         if len(tokens) != expected or tokens.dtype != self.dtype:
             raise DataError(
@@ -276,6 +278,14 @@ class TokenReader:
             )
         return tokens
 
+    def _unreadable(self, shard: Shard, where: str, error: OSError) -> DataError:
+        """Arrow says OSError of altered content, too; only the checksum tells what it is."""
+        try:
+            altered = checksum_problem(self.folder, shard)
+        except OSError:
+            altered = None
+        return (DataError if altered else Unreadable)(_told(where, error))
+
     def _parquet(self, index: int) -> pq.ParquetFile:
         if index in self._open:
             self._open.move_to_end(index)
@@ -284,19 +294,21 @@ class TokenReader:
         where = f"shard {self.folder}/{shard.file}"
         filesystem, root = locate(self.folder)
         try:
-            file = filesystem.open_input_file(f"{root}/{shard.file}")
-            size = file.size()
+            with os_errors():
+                file = filesystem.open_input_file(f"{root}/{shard.file}")
+                size = file.size()
             if size != shard.bytes:
                 raise DataError(
                     f"{where} has {size} bytes instead of {shard.bytes}; {PREPARE_AGAIN}"
                 )
-            parquet = pq.ParquetFile(file)
+            with os_errors():
+                parquet = pq.ParquetFile(file)
         except FileNotFoundError:
             raise DataError(f"{where} is missing; {PREPARE_AGAIN}") from None
         except OSError as error:
-            raise Unreadable(_unreadable(where, error)) from None
+            raise self._unreadable(shard, where, error) from None
         except pa.ArrowException as error:
-            raise DataError(_unreadable(where, error)) from None
+            raise DataError(_told(where, error)) from None
         self._open[index] = parquet
         if len(self._open) > self.max_open_shards:
             self._open.popitem(last=False)[1].close(force=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -30,9 +32,23 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
 
 
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """What libraries of object stores raise on a network's errors is often no OSError: now it is.
+
+    Arrow's own exceptions, which tell of content, stay what they are.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, AttributeError):
+        raise
+    except Exception as error:
+        raise OSError(one_line(error) or type(error).__name__) from error
+
+
 def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """A whole file, as it is stored. Raises FileNotFoundError when there is none."""
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    """A whole file, as it is stored. Raises FileNotFoundError when there is none, or OSError."""
+    with os_errors(), filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 
 
@@ -44,11 +60,12 @@ def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     target = f"{path}.{uuid.uuid4().hex}.tmp" if is_local else path
     try:
-        filesystem.create_dir(os.path.dirname(path), recursive=True)
-        with filesystem.open_output_stream(target, compression=None) as stream:
-            stream.write(content)
-        if is_local:
-            filesystem.move(target, path)
+        with os_errors():
+            filesystem.create_dir(os.path.dirname(path), recursive=True)
+            with filesystem.open_output_stream(target, compression=None) as stream:
+                stream.write(content)
+            if is_local:
+                filesystem.move(target, path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({one_line(error)}); choose a folder you may write to"

@@ -234,14 +234,14 @@ def test_a_remote_filesystem_works_the_same() -> None:
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Storage fails whenever a file of these checkpoints is to be read."""
-    original = Storage.open
+    original = Storage.sha256
 
-    def open_(self: Storage, name: str) -> Any:
+    def sha256(self: Storage, name: str) -> str:
         if any(self.url.endswith(folder_name(step)) for step in steps):
             raise OSError(errno.EIO, "Input/output error")
         return original(self, name)
 
-    monkeypatch.setattr(Storage, "open", open_)
+    monkeypatch.setattr(Storage, "sha256", sha256)
     monkeypatch.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
 
 
@@ -264,14 +264,14 @@ def test_one_that_can_be_read_after_a_while_is_taken(
     root: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_steps(root, 10)
-    original, failures = Storage.open, [OSError(errno.EIO, "Input/output error")] * 2
+    original, failures = Storage.sha256, [OSError(errno.EIO, "Input/output error")] * 2
 
-    def open_(self: Storage, name: str) -> Any:
+    def sha256(self: Storage, name: str) -> str:
         if failures:
             raise failures.pop()
         return original(self, name)
 
-    monkeypatch.setattr(Storage, "open", open_)
+    monkeypatch.setattr(Storage, "sha256", sha256)
     events = Events()
     info = find_good([root], events)
     assert info is not None and info.step == 10

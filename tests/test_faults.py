@@ -445,3 +445,30 @@ def test_an_attempt_does_not_begin_before_it_has_said_where(
 
     assert train(job, Place(), batches) == Ended(4, "done")
     assert (len(waited), seen[0]) == (3, 0)
+
+
+def test_a_checkpoint_that_was_passed_by_does_not_come_back(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of the steps up to it were dropped: a run that jumped to it would miss them."""
+    job = tiny_job(tmp_path, manifest, train__steps=12, checkpoint__async="false")
+    original = Storage.sha256
+
+    def sha256(self: Storage, name: str) -> str:
+        if self.url.endswith("step-00000008"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, name)
+
+    with Faults().fail_at(9, 7).injected():
+        with pytest.raises(RuntimeError, match="injected at step 7"):
+            train_on(job)
+        with pytest.raises(RuntimeError, match="injected at step 9"):
+            train_on(job)
+    with monkeypatch.context() as trouble, Faults().fail_at(7).injected():
+        trouble.setattr(Storage, "sha256", sha256)
+        trouble.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
+        with pytest.raises(RuntimeError, match="injected at step 7"):
+            train_on(job)
+    assert train_on(job) == Ended(12, "done")
+    assert column(records_of(job), "step") == list(range(1, 13))
+    assert [e["step"] for e in events_of(job, "attempt")] == [0, 6, 6, 6]

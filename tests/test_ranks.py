@@ -6,6 +6,7 @@ One start of three processes runs everything; the tests look at what it left.
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,27 @@ def fail_to_save(folder: Path, rank: int) -> None:
     wait_for_all(folder, "fail-to-save", rank)
 
 
+def commit_slowly(folder: Path, rank: int) -> None:
+    """Rank 0 alone commits and clears; the other must wait as for a checkpoint, not in a step."""
+    if rank < 2:
+        dist.init_process_group("gloo", f"file://{folder}/slow", rank=rank, world_size=2)
+        root = Storage(str(folder / "slow-commit"))
+        saver = Checkpointer(root, keep=1, background=True, on_event=lambda kind, **details: None)
+        prune = saver._prune
+
+        def slowly(newest: int) -> None:
+            time.sleep(1.0)
+            (folder / "cleared").write_text("")
+            prune(newest)
+
+        saver._prune = slowly  # type: ignore[method-assign]
+        saver.save(1, {"w": torch.ones(2)}, {})
+        saver.wait()
+        (folder / f"slow-{rank}.json").write_text(json.dumps((folder / "cleared").exists()))
+        dist.destroy_process_group()
+    wait_for_all(folder, "commit-slowly", rank)
+
+
 def strike_one_rank(folder: Path, rank: int) -> None:
     """Rank 1 alone has numbers that are not finite; both must skip, and both go back."""
     manifest = Manifest.load(str(folder / "corpus"))
@@ -92,6 +114,7 @@ def process(rank: int, folder_name: str) -> None:
         for name, sizes in STORIES.items():
             run_story(folder, name, rank, sizes)
         fail_to_save(folder, rank)
+        commit_slowly(folder, rank)
     except BaseException:
         traceback.print_exc()
         raise
@@ -127,6 +150,12 @@ def test_a_run_carried_over_world_sizes_gives_the_same_losses(folder: Path, name
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_none_waits(folder: Path) -> None:
     assert [json.loads((folder / f"failed-{rank}.json").read_text()) for rank in range(2)] == [2, 2]
+
+
+def test_all_ranks_wait_for_the_commit(folder: Path) -> None:
+    assert [json.loads((folder / f"slow-{rank}.json").read_text()) for rank in range(2)] == [
+        True, True,
+    ]  # fmt: skip
 
 
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,26 @@ STEPS = 30
 
 class ServiceUnavailable(Exception):
     """What clients of object stores raise is often no OSError."""
+
+
+class Reader(io.RawIOBase):
+    """An object that is read; in the middle of it, too, a request may be refused."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._content.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        Flaky._maybe_refuse()
+        return self._content.readinto(buffer)
 
 
 class Flaky(MemoryFileSystem):
@@ -44,6 +66,12 @@ class Flaky(MemoryFileSystem):
     def cat_file(self, *args: Any, **kwargs: Any) -> Any:
         self._maybe_refuse()
         return super().cat_file(*args, **kwargs)
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        file = super()._open(path, mode, **kwargs)
+        if mode != "rb":
+            return file
+        return io.BufferedReader(Reader(file.getvalue()), 1 << 24)
 
     def info(self, *args: Any, **kwargs: Any) -> Any:
         self._maybe_refuse()
@@ -104,3 +132,28 @@ def test_a_run_whose_storage_refuses_one_request_in_seven_loses_nothing(
     assert columns(run) == columns(calm)
     assert {name for name in (run / "model").names()} == {n for n in (calm / "model").names()}
     assert (run / "model").read("model.safetensors") == (calm / "model").read("model.safetensors")
+    told = {event["event"] for event in run.read_lines("events.jsonl")}
+    assert "checkpoint_damaged" not in told
+
+
+def test_a_last_checkpoint_that_cannot_be_read_is_not_waited_for_in_a_loop(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one before is no model of this run, and the steps to the last are not lost either."""
+    original = Storage.sha256
+
+    def sha256(self: Storage, name: str) -> str:
+        if self.url.endswith(f"{STEPS:08d}"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, name)
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(Storage, "sha256", sha256)
+        trouble.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
+        assert main([*command, f"--run.storage={tmp_path}"]) == 1
+    assert "the last checkpoint cannot be read now" in capsys.readouterr().err
+    assert main([*command, f"--run.storage={tmp_path}"]) == 0
+    assert len(columns(Storage(str(tmp_path / "far")))) == STEPS

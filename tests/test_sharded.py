@@ -93,11 +93,16 @@ def test_what_killed_processes_left_in_memory_is_removed() -> None:
         folder.rmdir()
 
 
-def test_where_memory_is_short_files_wait_on_the_disk(tmp_path: Path) -> None:
-    """A container's /dev/shm may hold 64 MB."""
-    free = shutil.disk_usage(tmp_path).free
-    places = [make_scratch(num_bytes, memory=tmp_path) for num_bytes in (free // 4, free)]
-    assert [place.parent for place in places] == [tmp_path, Path(tempfile.gettempdir())]
+def test_where_memory_is_short_files_wait_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's /dev/shm may hold 64 MB, and all workers of a node save at once."""
+    free, disk = shutil.disk_usage(tmp_path).free, Path(tempfile.gettempdir())
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    places = [make_scratch(num_bytes, memory=tmp_path) for num_bytes in (free // 8, free // 3)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    places.append(make_scratch(free // 8, memory=tmp_path))
+    assert [place.parent for place in places] == [tmp_path, disk, disk]
     for place in places:
         place.rmdir()
 

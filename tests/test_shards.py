@@ -5,13 +5,14 @@ import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import shards
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.shards import (
     Manifest,
     Shard,
@@ -323,3 +324,30 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
         "train-00000.parquet",
         "train-00001.parquet",
     ]
+
+
+class Unavailable(Exception):
+    """What a client of an object store raises."""
+
+
+@pytest.mark.parametrize("how", ["altered", "unavailable"])
+def test_only_its_checksum_tells_whether_a_shard_was_altered(
+    prepared: tuple[Manifest, np.ndarray], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow says OSError of a block that does not decompress, as of a network that fails."""
+    manifest, _ = prepared
+    path = Path(manifest.folder, next(iter(manifest.shards())).file)
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if how == "unavailable":
+            raise Unavailable("503 slow down")
+        raise OSError("ZSTD decompression failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    if how == "altered":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        TokenReader(manifest, "text").read(0, 5)
+    assert isinstance(caught.value, Unreadable) == (how == "unavailable")

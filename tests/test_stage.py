@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ class Scripted(Stage):
         phases = job.plan.phases
         super().__init__(Storage(job.run_url), config, job.plan, phases, job, self.said.append)
         update_state(self.run, status="starting")
+        self.on_attempt: Callable[[], None] = lambda: None
+
+    def interrupt(self) -> None:
+        self._interrupts.by = signal.SIGTERM
 
     def _one_attempt(self) -> Ended:
+        self.on_attempt()
         starts_at, ending = self.script.pop(0)
         attempt = read_state(self.run).get("attempt", 0) + 1
         update_state(self.run, attempt=attempt, attempt_from=starts_at, step=starts_at)
@@ -48,7 +54,7 @@ class Scripted(Stage):
 
 
 DIED = GroupFailed("the process of rank 1 died", started=True)
-NO_START = GroupFailed("no room", started=False)
+NO_START = GroupFailed("a node was lost", started=False)
 FINISHED = (6, Ended(8, DONE))
 
 
@@ -97,7 +103,7 @@ def test_an_interrupt_says_how_to_go_on_and_its_status_is_the_signals(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     stage = Scripted(tmp_path, manifest, [(0, Ended(5, INTERRUPT))])
-    stage._interrupts.by = signal.SIGTERM
+    stage.on_attempt = stage.interrupt
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage.train()
     assert caught.value.exit_status == 143
@@ -117,15 +123,25 @@ def test_an_interrupt_while_a_stage_ends_is_not_forgotten(
     """The group was done before it saw the request; the phases after it must not begin."""
     stage = Scripted(tmp_path, manifest, [(0, Ended(4, DONE))])
     stage.job = replace(stage.job, last_step=4)
-    stage._interrupts.by = signal.SIGTERM
+    stage.on_attempt = stage.interrupt
     with pytest.raises(Interrupted, match="checkpoint of step 4"):
         stage.train()
 
 
 def test_an_interrupt_while_the_run_ends_lets_it_end(tmp_path: Path, manifest: Manifest) -> None:
     stage = Scripted(tmp_path, manifest, [FINISHED])
-    stage._interrupts.by = signal.SIGTERM
+    stage.on_attempt = stage.interrupt
     stage.train()
+
+
+def test_an_interrupt_before_an_attempt_is_not_forgotten(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage = Scripted(tmp_path, manifest, [FINISHED])
+    stage.interrupt()
+    with pytest.raises(Interrupted, match="before the first checkpoint"):
+        stage.train()
+    assert stage.script == [FINISHED]
 
 
 class Supervised(Stage):
@@ -186,17 +202,41 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
 
         def outcome(self) -> Ended:
             if tried[-1] > 2:
-                raise NO_START
+                raise GroupFailed("nothing is free", started=False, no_room=True)
             return Ended(8, DONE)
+
+    monkeypatch.setattr("tst_ray.stage.Group", Group)
+    nodes = [3]
+    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, nodes[0]))
+    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    with pytest.raises(GroupFailed):
+        stage._one_attempt()
+    assert stage._one_attempt() == Ended(8, DONE)
+    assert tried == [3, 2]
+    assert stage._room() == 2
+    nodes[0] = 4  # another joined
+    assert stage._room() == 4
+    nodes[0] = 3
+    stage._no_room_until = 0.0  # a while after
+    assert stage._room() == 3
+
+
+def test_what_else_keeps_workers_from_starting_says_nothing_of_room(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+
+    class Group:
+        def __init__(self, *args: Any) -> None: ...
+        def wait(self, seconds: float) -> bool:
+            return True
+
+        def outcome(self) -> Ended:
+            raise NO_START
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, 4))
     monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
-    for _ in range(2):
-        with pytest.raises(GroupFailed):
-            stage._one_attempt()
-    assert stage._one_attempt() == Ended(8, DONE)
-    assert tried == [4, 3, 2]
-    assert stage._room() == 2
-    stage._no_room_until = 0.0  # a while after
+    with pytest.raises(GroupFailed):
+        stage._one_attempt()
     assert stage._room() == 4

@@ -117,12 +117,16 @@ def test_what_an_object_stores_library_raises_is_an_oserror(
         lambda: storage.size("a"),
         storage.make,
         lambda: storage.upload("a", "b"),
-        lambda: storage.open("a"),
+        lambda: storage.sha256("a"),
     ):
         slept.clear()
         with pytest.raises(OSError, match=r"^\S+: 503$"):
             ask()
         assert slept == ([] if storage.is_local else [0.5, 2.0])
+    slept.clear()
+    with pytest.raises(OSError):
+        storage.hasty().read("a")
+    assert slept == []
 
 
 def test_nothing_is_kept_by_truncating_to_nothing(

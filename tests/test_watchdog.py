@@ -148,8 +148,10 @@ def test_storage_that_is_slow_is_no_hang() -> None:
         bounds.saw(timeouts.COMMIT, 0.5)
     assert bounds.bound_s("save") == 60.0
     assert bounds.bound_s(timeouts.COMMIT) == 600.0
-    bounds.saw(timeouts.COMMIT, 200.0)
-    assert bounds.bound_s(timeouts.COMMIT) == 2000.0
+    bounds.saw(timeouts.COMMIT, 120.0)
+    assert bounds.bound_s(timeouts.COMMIT) == 1200.0
+    bounds.saw(timeouts.COMMIT, 1200.0)
+    assert bounds.bound_s(timeouts.COMMIT) == timeouts.COLLECTIVE_S
 
 
 def test_what_is_forgotten_is_unknown_again() -> None:

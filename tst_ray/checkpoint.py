@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_HASH_CHUNK_BYTES = 1 << 20
 _PATIENCE_S = 15.0  # with a checkpoint that cannot be read; the one before may be as good as new
 
 OnEvent = Callable[..., None]  # called as on_event(kind, **details)
@@ -105,9 +104,8 @@ def verify_file(folder: Storage, entry: dict[str, Any], contents: bool = True) -
         return f"{name} has {size} bytes instead of {entry['bytes']}"
     if not contents:
         return None
-    with folder.open(name) as file:
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} has another checksum than when it was written"
+    if folder.sha256(name) != entry["sha256"]:
+        return f"{name} has another checksum than when it was written"
     return None
 
 
@@ -124,11 +122,7 @@ def verify(
             problem = verify_file(info.folder, entry, contents)
             if problem:
                 return problem
-    except FileNotFoundError as error:
-        return one_line(error)
-    except OSError:
-        raise
-    except Exception as error:  # whatever else is wrong with meta.json, other ranks must hear of it
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         return one_line(error)
     return None
 
@@ -144,7 +138,7 @@ class _Verdict:
 def _judge(info: CheckpointInfo, rank: int, world_size: int) -> _Verdict:
     try:
         return _Verdict(patiently(lambda: verify(info, rank, world_size), _PATIENCE_S))
-    except OSError as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         return _Verdict(one_line(error), is_known=False)
 
 
@@ -256,13 +250,6 @@ def remove(folder: Storage) -> None:
     """Remove a checkpoint."""
     folder.remove(MARKER)  # first: half a checkpoint must not look like one
     folder.remove()
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_HASH_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ commits over a process group of its own, so its collectives never meet the loop'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -124,7 +125,10 @@ class Checkpointer:
         told: dict[str, Any],
         prune: bool,
     ) -> None:
-        """In the checkpoint thread: write, hash, commit, clear old ones."""
+        """In the checkpoint thread: write, hash, commit, clear old ones; all ranks end together.
+
+        Else the others would go on into the next step, and wait there for rank 0 as for a hang.
+        """
         started, scratch = time.perf_counter(), None
         folder = self.root / folder_name(step)
         try:
@@ -136,15 +140,16 @@ class Checkpointer:
                 seconds = round(time.perf_counter() - started, 3)
                 self._on_event("checkpoint", bytes=num_bytes, seconds=seconds, **told)
             self.failed_saves = 0
+            if self._ranks.rank == 0 and prune:
+                self._prune(step)
         except Exception as error:
             self._failed(step, error)
-            return
         finally:
-            self.save_s = time.perf_counter() - started
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
-        if self._ranks.rank == 0 and prune:
-            self._prune(step)
+            with contextlib.suppress(Exception):  # a rank has died; the attempt ends anyway
+                self._ranks.gather(None)
+            self.save_s = time.perf_counter() - started
 
     def _agree(self, action: Callable[[], Any]) -> Any:
         """Do something on every rank; raises on all where any rank cannot.

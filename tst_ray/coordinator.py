@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
 from tst_ray.config import Config
@@ -111,7 +111,7 @@ class Coordinator:
         """
         with open_run(self.config) as run:
             try:
-                run.fold(EVENTS)
+                _fold_events(run)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
                     return self._drive(run, "inline")
@@ -191,6 +191,11 @@ class Coordinator:
             self._charge(run, "closing")
             if step == self.plan.total_steps:
                 return self._finish(run, samples)
+            if newest_step(run) >= self.plan.total_steps:
+                raise RunError(
+                    f"{run.url}: the last checkpoint cannot be read now; the same command tries "
+                    "again"
+                )
             self.say(f"the last checkpoint is damaged; going back to step {step:,}")
 
     def _corpus_of(self, run: Storage, backend: str) -> Manifest:
@@ -206,6 +211,8 @@ class Coordinator:
                 manifest = Manifest.load(before["shards"], run.location(MANIFEST))
                 verify_shards(manifest)
                 return manifest
+            except Unreadable:
+                raise
             except DataError as error:
                 self.say(f"{error}; preparing the text again")
         manifest = prepare_corpus(self.config, backend, self.say)
@@ -262,7 +269,7 @@ class Coordinator:
         if not any(event["event"] == "finish" for event in read_events(run)):
             write_hparams(run, self.config.dump(), final, step)
             add_event(run, "finish", step=step, **final)
-        run.fold(EVENTS)
+        _fold_events(run)
         update_state(run, status="finished", step=step, **final)
         account = Account.from_dict(read_state(run).get("time"), time.time())
         self._enter(State.FINISHED)
@@ -300,6 +307,11 @@ def export_model(run_url: str) -> tuple[int, list[str]]:
 
     step, folder = export_run(Storage(run_url))
     return step, sample_text(folder)
+
+
+def _fold_events(run: Storage) -> None:
+    with contextlib.suppress(OSError):  # they are read where they are, too
+        run.fold(EVENTS)
 
 
 def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:

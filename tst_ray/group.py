@@ -38,12 +38,13 @@ class GroupFailed(Exception):
     """A group ended without having finished or been told to; another attempt may go on.
 
     Attributes:
-        started: whether its processes ran at all; else there was no room for them.
+        started: whether its processes ran at all.
+        no_room: whether they did not because nothing was free for them.
     """
 
-    def __init__(self, message: str, started: bool) -> None:
+    def __init__(self, message: str, started: bool, no_room: bool = False) -> None:
         super().__init__(message)
-        self.started = started
+        self.started, self.no_room = started, no_room
 
 
 class Group:
@@ -88,9 +89,12 @@ class Group:
 
     def _explained(self, error: BaseException) -> Exception:
         from ray.train import ControllerError, TrainingFailedError
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
         if isinstance(error, ControllerError):
-            return GroupFailed(one_line(error.controller_failure), started=False)
+            failure = error.controller_failure
+            no_room = isinstance(failure, WorkerGroupStartupTimeoutError)
+            return GroupFailed(one_line(failure), started=False, no_room=no_room)
         if not isinstance(error, TrainingFailedError):
             return GroupFailed(one_line(error), started=False)
         failures = {

@@ -111,6 +111,7 @@ class Journal:
 
     def __init__(self, run: Storage, plan: Plan, writer: Writer) -> None:
         self.run, self._plan, self._writer = run, plan, writer
+        self._hasty = run.hasty()  # the loop waits for it, and there is a next time
         self.attempt = int(read_state(run).get("attempt", 0)) + 1
         self.account = Account(time.time())
         self._metrics: MetricsLog | None = None
@@ -139,7 +140,7 @@ class Journal:
         self._stop = StopRequest(self.run)
         self._started_at = step
         # Where the reading of data begins; it may not be missing, or be of the attempt before.
-        patiently(lambda: self._write_state(step))
+        patiently(lambda: self._write_state(step, self.run))
         details = {"nodes": list(self._writer.nodes)} if self._writer.nodes else {}
         self.event(
             "attempt",
@@ -212,12 +213,12 @@ class Journal:
         """
         self._state_at = time.monotonic()
         try:
-            self._write_state(step)
+            self._write_state(step, self._hasty)
         except OSError as error:
             log.warning("%s stays as it was: %s", STATE, error)
 
-    def _write_state(self, step: int) -> None:
-        if not self.is_current():
+    def _write_state(self, step: int, run: Storage) -> None:
+        if not self._is_current(run):
             raise RunError("another attempt of this run has taken over; this one ends")
         done = step >= self._plan.total_steps
         state = {
@@ -232,11 +233,14 @@ class Journal:
             "updated": round(time.time(), 3),
             "time": self.account.to_dict(),
         }
-        self.run.write_json(STATE, state)
+        run.write_json(STATE, state)
 
     def is_current(self) -> bool:
         """Whether no newer attempt has started."""
-        return int(read_state(self.run).get("attempt", 0)) <= self.attempt
+        return self._is_current(self.run)
+
+    def _is_current(self, run: Storage) -> bool:
+        return int(read_state(run).get("attempt", 0)) <= self.attempt
 
     def pass_over(self, facts: dict[str, Any]) -> None:
         """Add a roll-back to the run's list; what it names is not trained on from now on."""

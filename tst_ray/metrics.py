@@ -60,7 +60,7 @@ class MetricsLog:
     def __init__(self, run: Storage, step: int, tensorboard_every: int, config_text: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run, self._every = run, tensorboard_every
+        self._run, self._hasty, self._every = run, run.hasty(), tensorboard_every
         self._pending: list[str] = []
         self._flushed_at, self._flush_s = time.monotonic(), 0.0
         _wait_for_a_later_name(run / TENSORBOARD)
@@ -80,7 +80,7 @@ class MetricsLog:
         self._pending.append(json.dumps(_finite(record)) + "\n")
         every_s = max(_REMOTE_FLUSH_S, self._flush_s / _FLUSH_SHARE)
         if self._run.is_local or time.monotonic() - self._flushed_at > every_s:
-            self.flush()
+            self._flush(self._hasty)
         if record["step"] % self._every == 0 or "val_loss" in record:
             self._draw({**record, **(curves or {})})
 
@@ -94,17 +94,20 @@ class MetricsLog:
 
     def flush(self) -> bool:
         """Make what was written so far visible to readers; whether that went well."""
+        return self._flush(self._run)
+
+    def _flush(self, run: Storage) -> bool:
         if not self._pending:
             return True
         started = time.monotonic()
         try:
-            self._run.append(METRICS, "".join(self._pending))
+            run.append(METRICS, "".join(self._pending))
         except OSError as error:
             log.warning("%d lines of %s wait for storage: %s", len(self._pending), METRICS, error)
             return False
         finally:
             self._flushed_at = time.monotonic()
-            self._flush_s = self._flushed_at - started
+        self._flush_s = self._flushed_at - started
         self._pending = []
         return True
 

@@ -144,9 +144,9 @@ class Saving:
         """Start a checkpoint of the state after `step` steps, once the one before is done."""
         started = time.perf_counter()
         self._wait_for(saver, step)
-        self._expect("save" if saver.background else COMMIT, step)
         # A committed step is not trained again, so its line must stand.
         written = self._journal.flush()
+        self._expect("save" if saver.background else COMMIT, step)
         data_tokens, latent_tokens = self._job.plan.tokens_after(step)
         meta = {
             "attempt": self._journal.attempt,

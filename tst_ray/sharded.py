@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,15 +125,18 @@ def make_scratch(num_bytes: int, memory: Path = Path("/dev/shm")) -> Path:
 
     What processes left that were killed in the middle of a save is removed first. Ray keeps its
     objects in the same memory, and a machine that runs out of it there loses more than a save: half
-    of what is free stays so. A container's may be far smaller than the machine's.
+    of what is free stays so, were all of a node's workers to save to memory and to storage at once.
+    A container's may be far smaller than the machine's.
     """
     disk = Path(tempfile.gettempdir())
-    for left in [*memory.glob(f"{_SCRATCH}*"), *disk.glob(f"{_SCRATCH}*")]:
-        if not Path(f"/proc/{left.name.removeprefix(_SCRATCH).partition('-')[0]}").exists():
+    ours = f"{_SCRATCH}{socket.gethostname()}-"  # other hosts' processes may share the folder
+    for left in [*memory.glob(f"{ours}*"), *disk.glob(f"{ours}*")]:
+        if not Path(f"/proc/{left.name.removeprefix(ours).partition('-')[0]}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    fits = os.access(memory, os.W_OK) and 2 * num_bytes < shutil.disk_usage(memory).free
+    at_once = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * num_bytes
+    fits = os.access(memory, os.W_OK) and 2 * at_once < shutil.disk_usage(memory).free
     root = memory if fits else disk
-    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=root))
+    return Path(tempfile.mkdtemp(prefix=f"{ours}{os.getpid()}-", dir=root))
 
 
 class _HashedFiles(FileSystem):

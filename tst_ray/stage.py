@@ -138,7 +138,8 @@ class Stage:
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
         self._no_room_for: int | None = None  # so many workers did not start …
-        self._no_room_until = 0.0  # … and are not tried again before
+        self._no_room_until = 0.0  # … and are not tried again before, …
+        self._room_then = 0  # … or before nodes have room for more than they had then
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
@@ -159,6 +160,7 @@ class Stage:
         """One attempt; None where it failed and another may follow."""
         before = patiently(lambda: read_state(self.run))
         patiently(lambda: clear_stop(self.run))
+        self._heed_interrupt()  # one that came before would be forgotten
         self._asked = None
         try:
             return self._one_attempt()
@@ -185,9 +187,10 @@ class Stage:
         try:
             ended: Ended = group.outcome()
         except GroupFailed as failure:
-            if not failure.started:
+            if failure.no_room:
                 self._no_room_for = world_size
                 self._no_room_until = time.monotonic() + NO_ROOM_S
+                self._room_then = room_for(self.config, self.phases[0].max_workers)
             raise
         return ended
 
@@ -319,9 +322,11 @@ class Stage:
         tried again for a while, where a smaller one is allowed.
         """
         least, most = self.phases[0].min_workers, self.phases[0].max_workers
-        if self._no_room_for is not None and time.monotonic() < self._no_room_until:
-            most = max(min(most, self._no_room_for - 1), least)
-        return room_for(self.config, most)
+        room = room_for(self.config, most)
+        barred = time.monotonic() < self._no_room_until and room <= self._room_then
+        if self._no_room_for is not None and barred:
+            room = min(room, max(self._no_room_for - 1, least))
+        return room
 
     # -- supervision -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -64,6 +65,13 @@ class Storage:
                 f"{self.url}: cannot be opened ({str(error).splitlines()[0]})"
             ) from error
         self.path = self.path.rstrip("/")
+        self._pauses_s: tuple[float, ...] = () if self.is_local else _PAUSES_S
+
+    def hasty(self) -> Storage:
+        """The same folder for what may be left undone: what fails is not tried again."""
+        hasty = Storage(self.url)
+        hasty._pauses_s = ()
+        return hasty
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Storage, (self.url,))
@@ -107,9 +115,13 @@ class Storage:
         """A file's content. Raises FileNotFoundError."""
         return bytes(self._ask(self._fs.cat_file, self.at(name)))
 
-    def open(self, name: str) -> Any:
-        """A binary file to read, for what is too large for `read`."""
-        return self._ask(self._fs.open, self.at(name), "rb")
+    def sha256(self, name: str) -> str:
+        """The checksum (hex) of a file, which is read in pieces. Raises FileNotFoundError."""
+        return str(self._ask(self._sha256, self.at(name)))
+
+    def _sha256(self, path: str) -> str:
+        with self._fs.open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def write(self, name: str, content: bytes | str) -> None:
         """Replace a file as a whole; on a local disk it has reached the disk on return."""
@@ -165,8 +177,8 @@ class Storage:
         beside = self._beside(name)
         if beside:
             self.append(name, "".join(text for _, text in beside))
-            for part, _ in beside:
-                (self / f"{name}.d").remove(part)
+            folder = self / f"{name}.d"
+            self._ask(self._fs.rm, [folder.at(part) for part, _ in beside])
 
     def _beside(self, name: str) -> list[tuple[str, str]]:
         """What was added beside a log, oldest first: the files' names, and their lines."""
@@ -257,7 +269,7 @@ class Storage:
         Raises:
             OSError: whatever the filesystem's library raised.
         """
-        pauses_s = [] if self.is_local else list(_PAUSES_S)
+        pauses_s = list(self._pauses_s)
         while True:
             try:
                 return method(*args, **options)

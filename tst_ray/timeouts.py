@@ -77,7 +77,7 @@ class Bounds:
         """Seconds after which a beat of this kind is taken for a hang."""
         seen = self._seen.get(kind, ())
         if kind == COMMIT:
-            return max(self.unknown_s, _FACTOR * max(seen, default=0.0))
+            return max(self.unknown_s, min(_FACTOR * max(seen, default=0.0), COLLECTIVE_S))
         if len(seen) < _KNOWN:
             return self.unknown_s
         return max(self.least_s, _FACTOR * max(seen))

@@ -271,6 +271,10 @@ class Trainer:
         if info is not None:
             self._load(info)
         step = info.step if info else 0
+        if step and self.place.rank == 0:
+            # What is newer could not be read, or is damaged. Were it good again one day, a run that
+            # jumped to it would miss the lines of the steps between.
+            self.saving.forget_after(step)
         self.times["loaded"] = round(time.time(), 3)
         self._begin(step, in_memory=bool(info and self.saving.is_in_memory(info)))
         return step

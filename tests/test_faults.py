@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,23 @@ def tiny_job(folder: Path, manifest: Manifest, **changes: Any) -> Job:
     return make_job(make_config(folder, manifest, **CALM | changes), manifest)
 
 
-def train_on(job: Job) -> Ended:
+def train_on(job: Job, before: Callable[[int], object] = lambda step: None) -> Ended:
+    """Train; `before` is called before each batch, with the steps finished by then."""
     from pipelines.ingest import read_inline
 
-    return train(job, Place(), lambda phase, step: read_inline(job.feeds[phase.index], step))
+    def batches(phase: Any, step: int) -> Any:
+        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
+            before(number)
+            yield batch
+
+    return train(job, Place(), batches)
+
+
+def stop_at_15(job: Job, step: int) -> None:
+    """Ask for a stop, and let that step wait until the request is seen."""
+    if step == 15:
+        request_stop(Storage(job.run_url), INTERRUPT)
+        time.sleep(4 * STOP_POLL_S)
 
 
 def records_of(job: Job) -> list[dict[str, Any]]:
@@ -150,19 +164,10 @@ def test_stopped_amid_bad_steps_a_run_goes_back_no_further_than_it_must(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     """A request to stop saves whatever the guard thinks; what it counted goes on after."""
-    from pipelines.ingest import read_inline
-
     job = tiny_job(tmp_path, manifest, fault__max_skipped=3, checkpoint__async="false")
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            if number == 15:  # the second bad step waits until the request is seen
-                request_stop(Storage(job.run_url), INTERRUPT)
-                time.sleep(4 * STOP_POLL_S)
-            yield batch
-
     with Faults().not_finite_at(15, 16, 17).injected():
-        assert train(job, Place(), batches) == Ended(16, INTERRUPT)
+        assert train_on(job, lambda step: stop_at_15(job, step)) == Ended(16, INTERRUPT)
         Storage(job.run_url).remove("control.json")
         assert train_on(job) == Ended(17, ROLLBACK)
     (event,) = events_of(job, "rollback")
@@ -215,14 +220,7 @@ def test_a_request_to_stop_ends_the_group_with_a_checkpoint_and_no_step_lost(
 
 def train_on_slowly(job: Job) -> Ended:
     """As slowly as it takes to see a request: batches come when the journal has looked."""
-    from pipelines.ingest import read_inline
-
-    def batches(phase: Any, step: int) -> Any:
-        for batch in read_inline(job.feeds[phase.index], step):
-            time.sleep(0.1)
-            yield batch
-
-    return train(job, Place(), batches)
+    return train_on(job, lambda step: time.sleep(0.1))
 
 
 class FullDisk:
@@ -248,16 +246,11 @@ def test_saves_that_fail_are_told_and_the_next_one_works(
 ) -> None:
     disk = FullDisk(monkeypatch, "/checkpoints/")
     job = tiny_job(tmp_path, manifest, train__steps=12, checkpoint__async="false")
-    state = {"step": 0}
 
-    from pipelines.ingest import read_inline
+    def fill(step: int) -> None:
+        disk.full = 3 <= step < 7
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            state["step"], disk.full = number, 3 <= number < 7
-            yield batch
-
-    assert train(job, Place(), batches) == Ended(12, "done")
+    assert train_on(job, fill) == Ended(12, "done")
     assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4, 6]
     assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [12, 10, 8, 2]
 
@@ -268,14 +261,10 @@ def test_too_many_failed_saves_stop_the_run_with_its_last_checkpoint_intact(
     disk = FullDisk(monkeypatch, "/checkpoints/")
     job = tiny_job(tmp_path, manifest, fault__max_failed_saves=3, checkpoint__async="false")
 
-    from pipelines.ingest import read_inline
+    def fill(step: int) -> None:
+        disk.full = step >= 5
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            disk.full = number >= 5
-            yield batch
-
-    ended = train(job, Place(), batches)
+    ended = train_on(job, fill)
     assert ended.reason == FAILED_SAVES
     assert len(events_of(job, "checkpoint_failed")) == 3
     newest = committed(Storage(job.run_url) / "checkpoints")[0]
@@ -315,14 +304,10 @@ def test_metrics_wait_for_a_full_disk_and_miss_no_step(
     disk = FullDisk(monkeypatch, "metrics.jsonl", "run.json", "events.jsonl")
     job = tiny_job(tmp_path, manifest, train__steps=12)
 
-    from pipelines.ingest import read_inline
+    def fill(step: int) -> None:
+        disk.full = 3 <= step < 7
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            disk.full = 3 <= number < 7
-            yield batch
-
-    assert train(job, Place(), batches) == Ended(12, "done")
+    assert train_on(job, fill) == Ended(12, "done")
     assert disk.refused > 0
     assert column(records_of(job), "step") == list(range(1, 13))
 
@@ -350,18 +335,14 @@ def test_a_last_checkpoint_that_failed_is_tried_again(
     disk = FullDisk(monkeypatch, "/checkpoints/")
     job = tiny_job(tmp_path, manifest, train__steps=12)
 
-    from pipelines.ingest import read_inline
-
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            disk.full = number == 11
-            yield batch
+    def fill(step: int) -> None:
+        disk.full = step == 11
 
     def room_was_made(seconds: float) -> None:
         disk.full = False
 
     monkeypatch.setattr("tst_ray.saving.time.sleep", room_was_made)
-    assert train(job, Place(), batches) == Ended(12, "done")
+    assert train_on(job, fill) == Ended(12, "done")
     assert committed(Storage(job.run_url) / "checkpoints")[0].step == 12
     assert events_of(job, "checkpoint_failed")
 
@@ -384,14 +365,10 @@ def test_no_checkpoint_is_taken_of_steps_whose_lines_are_not_written(
     disk = FullDisk(monkeypatch, "metrics.jsonl")
     job = tiny_job(tmp_path, manifest, train__steps=8, checkpoint__async="false")
 
-    from pipelines.ingest import read_inline
+    def fill(step: int) -> None:
+        disk.full = 2 <= step < 5
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            disk.full = 2 <= number < 5
-            yield batch
-
-    assert train(job, Place(), batches) == Ended(8, "done")
+    assert train_on(job, fill) == Ended(8, "done")
     assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4]
     assert [info.step for info in committed(Storage(job.run_url) / "checkpoints")] == [8, 6, 2]
     assert column(records_of(job), "step") == list(range(1, 9))
@@ -401,21 +378,12 @@ def test_a_state_that_the_guard_mistrusts_never_replaces_a_good_one(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     """Stopped amid bad steps with `checkpoint.keep` 1, and gone on: back to the good one."""
-    from pipelines.ingest import read_inline
-
     job = tiny_job(
         tmp_path, manifest, fault__max_skipped=3, checkpoint__async="false", checkpoint__keep=1
     )
 
-    def batches(phase: Any, step: int) -> Any:
-        for number, batch in enumerate(read_inline(job.feeds[phase.index], step), start=step):
-            if number == 15:
-                request_stop(Storage(job.run_url), INTERRUPT)
-                time.sleep(4 * STOP_POLL_S)
-            yield batch
-
     with Faults().not_finite_at(15, 16, 17).injected():
-        assert train(job, Place(), batches) == Ended(16, INTERRUPT)
+        assert train_on(job, lambda step: stop_at_15(job, step)) == Ended(16, INTERRUPT)
         Storage(job.run_url).remove("control.json")
         assert train_on(job) == Ended(17, ROLLBACK)
     assert events_of(job, "rollback")[0]["back_to"] == 14

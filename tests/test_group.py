@@ -136,3 +136,19 @@ def test_what_another_attempt_may_not_meet_does_not_end_the_run(
     group._error = error
     with pytest.raises(said, match=str(failure).partition("(")[0]):
         group.outcome()
+
+
+@pytest.mark.parametrize("no_room", [True, False])
+def test_a_group_that_did_not_start_says_whether_there_was_room(
+    tmp_path: Path, no_room: bool
+) -> None:
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    cause = WorkerGroupStartupTimeoutError(2) if no_room else RuntimeError("a node was lost")
+    group = Group.__new__(Group)
+    group._run = Storage(str(tmp_path))
+    group._error = ControllerError(cause)
+    with pytest.raises(GroupFailed) as caught:
+        group.outcome()
+    assert (caught.value.started, caught.value.no_room) == (False, no_room)

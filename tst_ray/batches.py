@@ -47,7 +47,7 @@ def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[to
 
 
 def to_device(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Tokens on the device, on their way there while the loop goes on."""
+    """Token ids, int64 of any shape, on the device or on their way, while the loop goes on."""
     if device.type == "cuda":
         tokens = tokens.pin_memory()  # a copy from other memory would wait for the device
     return tokens.to(device, non_blocking=True)

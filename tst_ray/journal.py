@@ -22,7 +22,7 @@ from typing import Any
 
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
-from tst_ray.metrics import MetricsLog, add_event, drop_after, recent_records
+from tst_ray.metrics import MetricsLog, drop_after, recent_records, try_event
 from tst_ray.plan import Plan
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import STOP_POLL_S
@@ -200,10 +200,7 @@ class Journal:
     def event(self, kind: str, **details: Any) -> None:
         """Add an event; rank 0 only. An event that storage does not take is a warning."""
         if self.writes:
-            try:
-                add_event(self.run, kind, **details)
-            except OSError as error:
-                log.warning("event %s %s is lost: %s", kind, details, error)
+            try_event(self.run, kind, **details)
 
     def write_state(self, step: int) -> None:
         """Replace run.json; where storage takes none, the old one stands.

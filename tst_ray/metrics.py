@@ -241,6 +241,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def try_event(run: Storage, kind: str, **details: Any) -> None:
+    """Add an event; one that storage does not take is a warning, and keeps nobody from going on."""
+    try:
+        add_event(run, kind, **details)
+    except OSError as error:
+        log.warning("event %s %s is lost: %s", kind, details, error)
+
+
 def add_event(run: Storage, kind: str, **details: Any) -> None:
     """Add a line to events.jsonl: what happened, when (Unix seconds), and its details."""
     record = {"time": round(time.time(), 3), "event": kind, **details}

@@ -127,6 +127,10 @@ def make_scratch(num_bytes: int, memory: Path = Path("/dev/shm")) -> Path:
     objects in the same memory, and a machine that runs out of it there loses more than a save: half
     of what is free stays so, were all of a node's workers to save to memory and to storage at once.
     A container's may be far smaller than the machine's.
+
+    Args:
+        num_bytes: what this worker is going to write.
+        memory: a folder in memory.
     """
     disk = Path(tempfile.gettempdir())
     ours = f"{_SCRATCH}{socket.gethostname()}-"  # other hosts' processes may share the folder

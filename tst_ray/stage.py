@@ -38,7 +38,7 @@ from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
-from tst_ray.metrics import METRICS, add_event
+from tst_ray.metrics import METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.session import ask_autoscaler, draining_nodes, room_for
 from tst_ray.storage import Storage, patiently
@@ -152,7 +152,7 @@ class Stage:
         with self._interrupts.caught():
             while newest_step(self.run) < self.job.last_step:
                 self._take(self._attempt())
-                self._heed_interrupt()
+            self._heed_interrupt()
 
     # -- attempts --------------------------------------------------------------------------------
 
@@ -237,7 +237,8 @@ class Stage:
         now = patiently(lambda: read_state(self.run))
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
         self.failures = 1 if failure.started and progress else self.failures + 1
-        self._tell(
+        try_event(
+            self.run,
             "failure",
             error=str(failure),
             started=failure.started,
@@ -256,13 +257,6 @@ class Stage:
             )
         what = str(failure) if failure.started else f"the workers did not start: {failure}"
         self.say(f"step {now.get('step', 0):,}: {what}; going on from the newest checkpoint")
-
-    def _tell(self, kind: str, **details: Any) -> None:
-        """Add an event; one that storage does not take is a warning."""
-        try:
-            add_event(self.run, kind, **details)
-        except OSError as error:
-            log.warning("event %s %s is lost: %s", kind, details, error)
 
     def _note_trouble(self, error: Exception) -> None:
         """Say once what keeps the supervisor from its work; it goes on looking."""
@@ -300,7 +294,7 @@ class Stage:
         room = self._room()
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
-            self._tell("waiting", room=room, min_workers=least)
+            try_event(self.run, "waiting", room=room, min_workers=least)
             charge(self.run, "restart")
             while (room := self._room()) < least:
                 if self._interrupts.by is not None:
@@ -309,7 +303,7 @@ class Stage:
                 charge(self.run, "waiting_for_nodes")
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
-            self._tell("resize", step=newest_step(self.run), workers=room, before=before)
+            try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
         if self._vaults is not None:
             self._vaults.cover()
@@ -340,7 +334,7 @@ class Stage:
             self._ask(INTERRUPT)
         elif leaving := draining_nodes() & self._nodes_at_work():
             self._ask(PREEMPTION)
-            self._tell("preemption", nodes=sorted(leaving))
+            try_event(self.run, "preemption", nodes=sorted(leaving))
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
         elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
@@ -386,7 +380,8 @@ class Stage:
         cluster = self.config.cluster
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
         if pays:
-            self._tell(
+            try_event(
+                self.run,
                 "grow",
                 step=step,
                 workers=room,

@@ -80,7 +80,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--last-step", type=int, metavar="N", help="(default: the run's last)")
     parser.add_argument(
         "--address", metavar="HOST:PORT", default=os.environ.get("RAY_ADDRESS"),
-        help="of the cluster's head (default: RAY_ADDRESS)",
+        help="of the cluster's head (default: RAY_ADDRESS, or that of the run)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each fault")
     parser.add_argument("--really", action="store_true", help="do it; otherwise only say")
@@ -94,11 +94,13 @@ def _chaos(args: argparse.Namespace) -> None:
     first = last_step(run) + 1 if args.first_step is None else args.first_step
     last = _total_steps(run) if args.last_step is None else args.last_step
     faults = schedule(args.seed, args.faults, first, last, args.kinds)
-    if args.really and not args.address and set(args.kinds) & set(CLUSTER_KINDS):
+    strikes_cluster = bool(set(args.kinds) & set(CLUSTER_KINDS))
+    address = args.address or (_address_of(run) if strikes_cluster else None)
+    if args.really and not address and strikes_cluster:
         raise ConfigError(
             f"{', '.join(args.kinds)}: need a cluster; give its --address, or set RAY_ADDRESS"
         )
-    target: Target = RayTarget(args.address) if args.address else NoCluster()
+    target: Target = RayTarget(address) if address else NoCluster()
 
     out = sys.stdout
 
@@ -157,6 +159,12 @@ def _ended(run: Storage, since: float) -> bool:
     """Whether the run finished, or gave up, after a time (Unix seconds)."""
     state = read_state(run)
     return state.get("status") in ("finished", "failed") and state.get("updated", 0.0) > since
+
+
+def _address_of(run: Storage) -> str | None:
+    """The head of the cluster that a run trains on; None where it does not train."""
+    state = read_state(run)
+    return state.get("ray_address") if state.get("status") == "running" else None
 
 
 def _total_steps(run: Storage) -> int:

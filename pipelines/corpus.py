@@ -24,13 +24,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError
-from pipelines.storage import locate, one_line
+from pipelines.storage import absolute, locate, one_line
 
 PYTHON_STDLIB = "python-stdlib"
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**25
 
-COMPRESSED = {".gz", ".zst", ".bz2", ".lz4"}
-JSON_LINES = {".jsonl", ".ndjson"}
+COMPRESSED = {".gz", ".zst", ".zstd", ".bz2", ".lz4"}
+JSON_LINES = {".jsonl", ".ndjson", ".json"}  # corpora call such files .json, too (C4, Dolma)
 PARQUET = {".parquet", ".pq"}
 # What a folder's name alone takes in; a glob or a file's own name takes in anything.
 _PLAIN_TEXT = """
@@ -132,7 +132,7 @@ def source_root(spec: SourceSpec) -> str:
     """Where a source is, spelt the same from every working directory."""
     if spec.path == PYTHON_STDLIB:
         return sysconfig.get_paths()["stdlib"]
-    return spec.path if "://" in spec.path else os.path.abspath(os.path.expanduser(spec.path))
+    return absolute(spec.path)
 
 
 def find_files(spec: SourceSpec) -> Corpus:
@@ -190,20 +190,24 @@ def _list(path: str, root: str) -> list[TextFile]:
         infos = filesystem.get_file_info([inner])
         if infos[0].type == pafs.FileType.Directory:
             infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+        return [
+            TextFile(info.path[prefix:], info.size, info.mtime_ns)
+            for info in infos
+            if info.type == pafs.FileType.File
+        ]
+    except UnicodeDecodeError as error:
+        name = error.object.decode("utf-8", "backslashreplace")
+        raise DataError(f"source {path}: {name}: a name that is not UTF-8; rename it") from error
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"source {path}: cannot be listed ({one_line(error)})") from error
-    return [
-        TextFile(info.path[prefix:], info.size, info.mtime_ns)
-        for info in infos
-        if info.type == pafs.FileType.File
-    ]
 
 
 def _is_text(path: str) -> bool:
     """Whether a folder's name takes this file in: known kind of text, and nothing hidden."""
     parts = path.split("/")
     hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-    return not hidden and file_kind(path) in PLAIN_TEXT | JSON_LINES | PARQUET
+    known = (PLAIN_TEXT | JSON_LINES | PARQUET) - {".json"}  # beside code, it is seldom text
+    return not hidden and file_kind(path) in known
 
 
 def file_kind(path: str) -> str:
@@ -253,8 +257,11 @@ def plan_units(corpus: Corpus) -> list[Unit]:
     target = _unit_bytes(corpus.size)
     units: list[Unit] = []
     pending: list[TextFile] = []
+    pending_bytes = 0
 
     def close() -> None:
+        nonlocal pending_bytes
+        pending_bytes = 0
         if pending:
             units.append(Unit(corpus.name, corpus.root, corpus.text_field, tuple(pending)))
             pending.clear()
@@ -271,7 +278,8 @@ def plan_units(corpus: Corpus) -> list[Unit]:
                 close()
             continue
         pending.append(file)
-        if draw(file.path) < file.size / target or sum(f.size for f in pending) >= 2 * target:
+        pending_bytes += file.size
+        if draw(file.path) < file.size / target or pending_bytes >= 2 * target:
             close()
     close()
     return units

@@ -33,6 +33,7 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 16 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
+_CACHE_BYTES = 512 << 20  # of decoded rows that a process keeps, over all sources
 # Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
@@ -149,7 +150,8 @@ class Feed:
         sources = spans.source.tolist()
         pieces = self.order.linear(spans, out.shape[1])
         for span, at, start, stop in zip(*(array.tolist() for array in pieces), strict=True):
-            reader = _reader(self.folder, self.manifest, self.fingerprint, sources[span])
+            where = (self.folder, self.manifest, self.fingerprint)
+            reader = _reader(*where, sources[span], self.order.shuffle_tokens)
             out[rows[span], at : at + stop - start] = reader.read(start, stop)
 
 
@@ -239,7 +241,11 @@ def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) ->
     chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)
     dataset = ray.data.read_datasource(source, override_num_blocks=len(chunks) * world_size)
-    return BaggingPreprocessor(feed.bag_size).transform(dataset) if feed.bag_size > 1 else dataset
+    if feed.bag_size > 1:
+        dataset = BaggingPreprocessor(feed.bag_size).transform(dataset)
+    # A block that Ray Data cut for its size would count as two, and ranks get each other's rows.
+    dataset.context.target_max_block_size = None
+    return dataset
 
 
 def _datasource(feed: Feed, chunks: list[tuple[int, int]], world_size: int) -> Any:
@@ -303,8 +309,17 @@ def _manifest(folder: str, path: str, fingerprint: str) -> Manifest:
     return manifest
 
 
-@lru_cache(maxsize=64)
-def _reader(folder: str, path: str, fingerprint: str, source: int) -> TokenReader:
-    """One reader a source and process: its cache of rows serves all tasks that run here."""
+@lru_cache(maxsize=256)
+def _reader(folder: str, path: str, fingerprint: str, source: int, window: int) -> TokenReader:
+    """One reader a source and process: its cache of rows serves all tasks that run here.
+
+    It should hold the rows that a shuffle window of so many tokens touches: about two for each of
+    its blocks, which seldom begin where a row does.
+    """
     manifest = _manifest(folder, path, fingerprint)
-    return TokenReader(manifest, manifest.sources[source].name)
+    wanted = 2 * window * np.dtype(manifest.dtype).itemsize + (16 << 20)
+    return TokenReader(
+        manifest,
+        manifest.sources[source].name,
+        cache_rows_bytes=min(wanted, _CACHE_BYTES // len(manifest.sources)),
+    )

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, Unreadable
@@ -177,8 +178,7 @@ class TokenReader:
     Not for use by several threads at once: give each its own.
     """
 
-    max_open_shards = 16
-    _transient = ("_rows", "_rows_bytes", "_open")
+    max_open_shards = 256  # a footer is asked for again where one was closed; each is some 10 KB
 
     def __init__(
         self,
@@ -201,11 +201,11 @@ class TokenReader:
         self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._rows_bytes = 0
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._place: tuple[pafs.FileSystem, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("_rows", "_rows_bytes", "_open")
-        }
+        transient = ("_rows", "_rows_bytes", "_open", "_place")
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -269,7 +269,8 @@ class TokenReader:
         if (actual := _row_crc32(tokens)) != checksum:
             raise DataError(
                 f"{where} has CRC-32 {actual:08x} instead of {checksum:08x}: "
-                f"it was altered; {PREPARE_AGAIN}"
+                "it was altered; delete that file and run `tst-ray prepare` again, or restore it "
+                "from a copy"
             )
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
@@ -292,7 +293,7 @@ class TokenReader:
             return self._open[index]
         shard = self.shards[index]
         where = f"shard {self.folder}/{shard.file}"
-        filesystem, root = locate(self.folder)
+        filesystem, root = self._place = self._place or locate(self.folder)
         try:
             with os_errors():
                 file = filesystem.open_input_file(f"{root}/{shard.file}")

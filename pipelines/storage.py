@@ -13,13 +13,18 @@ import pyarrow.fs as pafs
 from pipelines.errors import DataError
 
 
+def absolute(path: str) -> str:
+    """A path that means the same in every process, whatever folder it works in."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path inside it, for a local path or a URI.
 
     Raises DataError where neither pyarrow nor an installed fsspec package opens the address.
     """
     if "://" not in path:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+        return pafs.LocalFileSystem(), absolute(path)
     try:
         return pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError) as unknown:  # fsspec may know what pyarrow does not
@@ -40,7 +45,9 @@ def os_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, AttributeError):
+    except (OSError, MemoryError, pa.ArrowException):
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError):  # a defect, not the network's
         raise
     except Exception as error:
         raise OSError(one_line(error) or type(error).__name__) from error

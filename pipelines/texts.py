@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipelines.corpus import JSON_LINES, PARQUET, Corpus, TextFile, Unit, draw, file_kind
 from pipelines.errors import DataError
-from pipelines.storage import locate, one_line
+from pipelines.storage import locate, one_line, os_errors
 
 PIECE_BYTES = 2**20
 
@@ -66,6 +68,10 @@ def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unr
             yield text
     except OSError as error:
         raise DataError(f"{root}/{file.path}: cannot be read ({one_line(error)})") from error
+    except MemoryError as error:
+        raise DataError(
+            f"{root}/{file.path}: does not fit into memory ({one_line(error)}); split the file"
+        ) from error
     if last and not last.ends_document:  # the rest was unreadable; the document ends all the same
         yield Text(file.path, last.index + 1, "", 0)
 
@@ -73,23 +79,59 @@ def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unr
 def _decoded(
     filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
 ) -> Iterator[Text | Unreadable]:
-    kind = file_kind(file.path)
+    """The texts of a file; where reading fails, of a copy of it, from the same text on.
+
+    Whether the file is damaged or the network failed for a moment, the error alone does not tell.
+    A copy that was fetched whole and fails too does.
+    """
+    num_given = 0
     try:
-        if kind in PARQUET:
-            yield from _parquet_rows(filesystem, path, file, text_field)
-        elif kind in JSON_LINES:
-            yield from _json_lines(filesystem, path, file, text_field)
-        else:
-            yield from _pieces(filesystem, path, file)
+        with os_errors():
+            for text in _texts(filesystem, path, file, text_field):
+                yield text
+                num_given += 1
+        return
     except (OSError, pa.ArrowException) as error:
-        _read_through(filesystem, path)  # raises if it is the storage that failed
-        yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")
+        if isinstance(error, MemoryError):
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        copy = f"{folder}/{os.path.basename(path)}"
+        _fetch(filesystem, path, copy)
+        try:
+            for number, text in enumerate(_texts(pafs.LocalFileSystem(), copy, file, text_field)):
+                if number >= num_given:
+                    yield text
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, MemoryError):
+                raise
+            yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")
 
 
-def _read_through(filesystem: pafs.FileSystem, path: str) -> None:
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        while stream.read(2**22):
-            pass
+def _texts(
+    filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
+) -> Iterator[Text | Unreadable]:
+    kind = file_kind(file.path)
+    if kind in PARQUET:
+        return _parquet_rows(filesystem, path, file, text_field)
+    if kind in JSON_LINES:
+        return _json_lines(filesystem, path, file, text_field)
+    return _pieces(filesystem, path, file)
+
+
+def _fetch(filesystem: pafs.FileSystem, path: str, copy: str) -> None:
+    """Copy a file as it is stored. Raises OSError where the storage fails."""
+    with (
+        os_errors(),
+        filesystem.open_input_stream(path, compression=None) as stream,
+        open(copy, "wb") as target,
+    ):
+        while chunk := stream.read(2**22):
+            target.write(chunk)
+
+
+def _compression(path: str) -> str:
+    """What pyarrow is to do with a file's bytes; it knows .zst by itself, and not .zstd."""
+    return "zstd" if path.lower().endswith(".zstd") else "detect"
 
 
 # ── text files ───────────────────────────────────────────────────────────────────────────────────
@@ -99,7 +141,7 @@ def _pieces(filesystem: pafs.FileSystem, path: str, file: TextFile) -> Iterator[
     """A text file as its pieces; only the last one ends the document."""
     index = 0
     pending = b""
-    with filesystem.open_input_stream(path, compression="detect") as stream:
+    with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
         while chunk := stream.read(PIECE_BYTES):
             pending += chunk
             while len(pending) > PIECE_BYTES:
@@ -138,7 +180,7 @@ def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text |
 def _json_lines(
     filesystem: pafs.FileSystem, path: str, file: TextFile, field: str
 ) -> Iterator[Text | Unreadable]:
-    with filesystem.open_input_stream(path, compression="detect") as stream:
+    with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
         for index, line in enumerate(io.BufferedReader(stream, PIECE_BYTES)):
             if not line.strip():
                 continue
@@ -166,15 +208,28 @@ def _parquet_rows(
         index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         groups = range(start, stop)
         for batch in parquet.iter_batches(256, groups, [field], use_threads=False):
-            for value in batch.column(0).to_pylist():
+            for value in _undecoded(batch.column(0)).to_pylist():
                 yield from _field_text(file.path, index, value, f"row {index + 1}", field)
                 index += 1
+
+
+def _undecoded(column: pa.Array) -> pa.Array:
+    """A column of strings as bytes: Arrow does not check them, and one bad row is not all."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    strings = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return column.cast(strings[column.type]) if column.type in strings else column
 
 
 def _field_text(
     path: str, index: int, value: object, where: str, field: str
 ) -> Iterable[Text | Unreadable]:
     """The text of one line or row: nothing for an empty one."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return [Unreadable(path, f"{where}: not UTF-8 at byte {error.start} ({error.reason})")]
     if not isinstance(value, str):
         return [Unreadable(path, f"{where}: no text in field {field!r} (text_field)")]
     try:

@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 from pipelines.corpus import (
@@ -32,7 +33,7 @@ from pipelines.errors import DataError
 from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
 from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, one_line, read_bytes, write_atomically
-from pipelines.texts import sample_texts
+from pipelines.texts import Unreadable, read_file, sample_texts
 from pipelines.tokenizer import (
     TRAIN,
     load_tokenizer,
@@ -221,11 +222,7 @@ def _own_tokenizer(
     """
     recorded = _recorded_fingerprint(folder, settings)
     if recorded is None:
-        if name == TRAIN:
-            log(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens")
-            made = train_tokenizer(sample_texts(corpora, SAMPLE_CHARACTERS), vocab_size)
-        else:
-            made = load_tokenizer(name)
+        made = _trained(corpora, vocab_size, log) if name == TRAIN else load_tokenizer(name)
         save_tokenizer(made, f"{folder}/tokenizer")
     own = load_tokenizer(f"{folder}/tokenizer")
     fingerprint = tokenizer_fingerprint(own)
@@ -239,6 +236,29 @@ def _own_tokenizer(
             f"with {recorded[:12]}…; restore it, or prepare in another folder"
         )
     return own
+
+
+def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], None]) -> Any:
+    """A tokenizer trained on the texts. Raises DataError where none of them can be read.
+
+    One that was trained on nothing must not be kept: it would outlive the mending of the texts.
+    """
+    log(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens")
+    texts = sample_texts(corpora, SAMPLE_CHARACTERS)
+    first = next(filter(None, texts), None)
+    if first is None:
+        corpus = corpora[0]
+        found = read_file(corpus.root, corpus.files[0], corpus.text_field)
+        reasons = (f"{text.path}: {text.reason}" for text in found if isinstance(text, Unreadable))
+        why = next(reasons, f"{corpus.files[0].path}: no text in it")
+        raise DataError(
+            f"source {corpus.root}: nothing to train a tokenizer on, such as {why}; "
+            "name files of UTF-8 text"
+        )
+    tokenizer = train_tokenizer(chain([first], texts), vocab_size)
+    if (size := vocabulary_size(tokenizer)) < vocab_size:
+        log(f"the text gives {size:,} different tokens, fewer than the {vocab_size:,} asked for")
+    return tokenizer
 
 
 def _recorded_fingerprint(folder: str, settings: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,55 @@ def test_text_that_does_not_decode(capsys: Capsys, tmp_path: Path, text: Path) -
     assert main(["prepare", *args, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [source["skipped"] for source in facts["sources"].values()] == [1]
+
+
+def test_text_that_is_left_out_is_told(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("some words to train on\n" * 30)
+    (tmp_path / "text" / "latin.txt").write_bytes("café\n".encode("latin-1") * 50)
+    assert main(["run", *arguments(tmp_path / "runs", tmp_path / "text")]) == 0
+    said = capfd.readouterr().out
+    assert "text: 1 texts left out, such as latin.txt: not UTF-8 at byte 3" in said
+
+
+def test_a_model_that_cannot_be_is_told_before_the_text_is_tokenized(
+    capsys: Capsys, tmp_path: Path, text: Path
+) -> None:
+    args = [a for a in arguments(tmp_path, text) if not a.startswith("--model.config")]
+    said = refused(capsys, 2, [*args, "--model.config={model_type: lama, hidden_size: 16}"])
+    assert "did you mean llama?" in said
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_field_that_no_model_reads_is_told(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
+) -> None:
+    args = arguments(tmp_path / "runs", None, **prepared(shards))
+    assert main(["run", *args, "--model.config.num_layers=24"]) == 0
+    said = capfd.readouterr().out
+    assert "model.config.num_layers: llama has no such field; it is ignored" in said
+    assert said.count("it is ignored") == 1
+
+
+def test_an_override_without_its_sign_is_explained(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--train.steps", "2000"])
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: 2000; write --section.field=value" in said
+
+
+def test_sigterm_while_nothing_trains_is_told(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path
+) -> None:
+    """Ray's handler of SIGTERM, which is there until a stage trains, exits with its number."""
+
+    def terminated(*args: Any) -> None:
+        raise SystemExit(signal.SIGTERM)
+
+    monkeypatch.setattr("tst_ray.coordinator.prepare_corpus", terminated)
+    said = refused(capsys, 143, arguments(tmp_path, text))
+    assert said == "tst-ray: terminated; the same command resumes the run\n"
 
 
 def first_shard(folder: Path) -> Path:

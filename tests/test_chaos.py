@@ -122,6 +122,10 @@ def test_a_users_mistakes_are_one_line_and_a_status(
     assert "no Ray cluster answers there" in said()
     assert main([trained.path, "--really"]) == 2
     assert "kill_worker" in said()
+    address = f"127.0.0.1:{unused_port()}"
+    trained.write_json("run.json", {"status": "running", "ray_address": address})
+    assert main([trained.path, "--really"]) == 1
+    assert f"{address}: no Ray cluster answers there" in said()
     trained.remove("plan.json")
     assert main([trained.path]) == 2
     assert "give --last-step" in said()

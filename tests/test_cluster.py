@@ -239,6 +239,36 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+LOOK = """
+import sys, ray
+from tst_ray.errors import RunError
+from tst_ray.session import check_shared
+ray.init(log_to_driver=False)
+for path in sys.argv[1:]:
+    try:
+        check_shared(path)
+        print("seen")
+    except RunError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_storage_that_a_node_does_not_see_is_told(cluster: LocalCluster, tmp_path: Path) -> None:
+    """These nodes see all that this machine has, so a file that is nowhere stands for it."""
+    cluster.add_node(1)
+    (tmp_path / "lock").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(tmp_path / "lock"), "/nowhere/lock"],
+        env=os.environ | cluster.environment, cwd=ROOT, capture_output=True, text=True,
+        timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen, unseen = done.stdout.splitlines()
+    assert seen == "seen"
+    assert unseen.startswith("run.storage: node 127.0.0.1 does not see /nowhere/lock; give")
+
+
 @pytest.mark.slow
 def test_a_cluster_that_others_started_is_struck_by_tasks(
     cluster: LocalCluster, tmp_path: Path

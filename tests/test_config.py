@@ -132,6 +132,14 @@ def test_prepared_shards_replace_sources() -> None:
     assert load_config(None, ["--data.prepared=s", "--data.sources=[a]"]).data.prepared is None
 
 
+def test_prepared_shards_are_mixed_by_weights_of_their_own() -> None:
+    weights = load_config(None, ["--data.prepared=x", "--data.weights={a: 1, b: 2.5}"]).data.weights
+    assert weights == {"a": 1, "b": 2.5}
+    assert "data.sources a weight" in refusal("--data.weights={a: 1}")[0]
+    assert "no weight is positive" in refusal("--data.prepared=x", "--data.weights={a: 0}")[0]
+    assert "must be at least 0" in refusal("--data.prepared=x", "--data.weights={a: -1}")[0]
+
+
 def test_phases_in_full_replace_tst_and_set_the_steps() -> None:
     config = load_config(
         None, ["--phases=[{bag_size: 8, steps: 10, workers: 3}, {bag_size: 2, steps: 5}]"]

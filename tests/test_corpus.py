@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -365,6 +368,77 @@ def test_text_is_never_left_out_because_storage_failed(tree: Path) -> None:
     (tree / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a\.txt: cannot be read"):
         list(read_file(source.root, source.files[0], "text"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_text_is_never_left_out_because_storage_failed_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Reading fails midway, once: what cannot be told from a damaged file by the error alone."""
+    monkeypatch.setattr(texts, "PIECE_BYTES", 10)
+    path = tmp_path / name
+    if name == "a.parquet":
+        write_parquet(path, ["one", "two", "three", "four"], 2)
+    else:
+        lines = ["word one"] * 4 if name == "a.txt" else ['{"text": "one"}'] * 4
+        path.write_text("".join(f"{line}\n" for line in lines))
+    expected = read(path)
+    assert len(expected) == 4
+    truly, failed = texts._texts, []
+
+    def fails_midway(*args: Any) -> Iterator[Text | Unreadable]:
+        for number, text in enumerate(truly(*args)):
+            if number == 2 and not failed:
+                failed.append(number)
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+            yield text
+
+    monkeypatch.setattr(texts, "_texts", fails_midway)
+    assert read(path) == expected
+    assert failed
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*args: Any) -> Iterator[Text | Unreadable]:
+        yield Text("a.txt", 0, "text", 4, False)
+        raise pa.ArrowMemoryError("malloc of size 4294967296 failed")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(texts, "_texts", too_large)
+    with pytest.raises(DataError, match=r"a\.txt: does not fit into memory"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_row_that_is_not_utf8_leaves_the_others(tmp_path: Path) -> None:
+    raw = pa.array([b"one", b"bad \xff", b"two"], pa.binary())
+    for kind in (pa.string(), pa.large_string(), pa.binary()):
+        strings = raw.cast(pa.large_binary()) if kind == pa.large_string() else raw
+        column = pa.Array.from_buffers(kind, 3, strings.buffers())
+        for number, written in enumerate((column, column.dictionary_encode())):
+            path = tmp_path / f"{kind}-{number}.parquet"
+            pq.write_table(pa.table({"text": written}), path)
+            items = read(path)
+            assert contents(items) == ["one", "two"], (kind, number)
+            assert reasons(items) == ["row 2: not UTF-8 at byte 4 (invalid start byte)"]
+
+
+def test_json_lines_by_other_names(tmp_path: Path) -> None:
+    """C4 and Dolma call them .json.gz, RedPajama has .zstd; beside code, .json is no text."""
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "b.jsonl.zstd").write_bytes(pa.Codec("zstd").compress(rows).to_pybytes())
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    for name in ("a.json.gz", "b.jsonl.zstd"):
+        assert contents(read(tmp_path / name)) == ["one", "two"]
+    assert paths(f"{tmp_path}/*.json.gz") == ["a.json.gz"]
+    assert paths(str(tmp_path)) == ["b.jsonl.zstd"]
+
+
+def test_a_file_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.txt")).write_text("text")
+    with pytest.raises(DataError, match=r"gr\\xfcn\.txt: a name that is not UTF-8; rename it"):
+        paths(str(tmp_path))
 
 
 # ── the sample for a tokenizer ───────────────────────────────────────────────────────────────────

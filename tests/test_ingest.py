@@ -155,11 +155,22 @@ def ray_cluster() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "start", "phase"), [(1, 0, 0), (2, 4, 0), (3, 11, 1)])
 def test_ray_data_deals_each_rank_its_batches(
-    ray_cluster: None, manifest: Manifest, world_size: int, start: int, phase: int
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    manifest: Manifest,
+    world_size: int,
+    start: int,
+    phase: int,
 ) -> None:
-    """Chunks of 2 steps, so that several blocks go to each rank; ranks read out of step."""
+    """Chunks of 2 steps, so that several blocks go to each rank; ranks read out of step.
+
+    Blocks are larger than what Ray Data cuts blocks into by itself.
+    """
     import threading
 
+    import ray.data
+
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 500)
     feed = make_feed(manifest, phase)
     feed_small = ChunksOfTwo(**{name: getattr(feed, name) for name in feed.__dataclass_fields__})
     dataset = ray_dataset(feed_small, start, feed.last_step, world_size)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,25 @@ def test_status_says_where_the_time_went(
     said = capsys.readouterr().out
     assert "in steps that count" in said and "newest checkpoint: step 8" in said
     assert read_state(finished)["time"]["parts"] == before
+
+
+def test_status_does_not_take_a_dead_run_for_one_at_work(
+    finished: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed driver leaves "running" behind."""
+    shutil.copytree(finished.path, tmp_path / "killed")
+    run = Storage(str(tmp_path / "killed"))
+    for silent_s, dead in ((5, False), (3600, True)):
+        state = read_state(run) | {
+            "status": "running",
+            "step": 6,
+            "updated": time.time() - silent_s,
+        }
+        run.write_json("run.json", state)
+        assert main(["status", run.url]) == 0
+        said = capsys.readouterr().out
+        assert ("nothing heard of it for 1:00:0" in said) is dead
+        assert ("left" in said) is not dead
 
 
 def test_checkpoints_are_listed_and_verified(

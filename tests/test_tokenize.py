@@ -355,6 +355,23 @@ def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> 
         Manifest.load(folder)
 
 
+def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str) -> None:
+    text = "the very same words, again and again\n" * 50
+    source = tmp_path / "a.txt"
+    source.write_text(text, encoding="utf-16")
+    with pytest.raises(
+        DataError, match=r"nothing to train a tokenizer on, such as a\.txt: not UTF"
+    ):
+        prepared([SourceSpec(str(source))], folder, validation_share=0.0)
+    source.write_text(text, encoding="utf-8")
+    logged: list[str] = []
+    manifest = prepared(
+        [SourceSpec(str(source))], folder, validation_share=0.0, vocab_size=5_000, log=logged.append
+    )
+    assert 257 < manifest.vocab_size < 5_000
+    assert any(f"the text gives {manifest.vocab_size} different tokens" in line for line in logged)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

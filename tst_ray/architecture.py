@@ -151,6 +151,15 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
             raise ConfigError(f"model.config.{name}: {default.model_type} has no such field{near}")
 
 
+def ignored_fields(section: ModelSection) -> list[str]:
+    """The fields of `model.config` that transformers keeps and no model of that type reads."""
+    if not section.config:
+        return []
+    default = type(hf_config(section, vocab_size=None, eot_token=None))()
+    known = {*default.to_dict(), *default.attribute_map}
+    return [name for name in section.config if name not in known and not hasattr(default, name)]
+
+
 def _nearest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
     return f"; did you mean {near[0]}?" if near else ""

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,31 +69,34 @@ class Validation:
         cls, config: Config, plan: Plan, manifest: Manifest, rank: int, world_size: int
     ) -> Validation:
         """Read evenly spaced sequences of the validation split, the same at every world size."""
-        tokens_NL = validation_tokens(
-            manifest, config.metrics.val_sequences, plan.sequence_length + 1
-        )
-        mine = tokens_NL[rank_slots(len(tokens_NL), world_size, rank)]
-        height = rows_per_rank(len(tokens_NL), world_size)
-        padded = np.zeros((height, plan.sequence_length + 1), np.int64)
-        padded[: len(mine)] = mine
+        length = plan.sequence_length + 1
+        places = validation_places(manifest, config.metrics.val_sequences, length)
+        height = rows_per_rank(len(places), world_size)
+        if not height:
+            return cls([], 0)
+        mine = places[rank_slots(len(places), world_size, rank)]
+        padded = np.zeros((height, length), np.int64)
+        readers = {
+            source: TokenReader(manifest, source, "validation") for source in {s for s, _ in mine}
+        }
+        for row, (source, start) in enumerate(mine):
+            padded[row] = readers[source].read(start, start + length)
         batch = {"tokens": padded, "slot": np.where(np.arange(height) < len(mine), 0, FILLER)}
-        pieces = micro_batches(batch, config.train.micro_batch_size) if height else []
-        return cls(pieces, len(tokens_NL) * plan.sequence_length)
+        rows_of_a_step = rows_per_rank(min(p.num_sequences for p in plan.phases), world_size)
+        pieces = micro_batches(batch, config.train.micro_batch_size or rows_of_a_step)
+        return cls(pieces, len(places) * plan.sequence_length)
 
 
-def validation_tokens(manifest: Manifest, num_sequences: int, length: int) -> np.ndarray[Any, Any]:
-    """Up to `num_sequences` evenly spaced sequences of `length` tokens, over all sources."""
-    rows: list[np.ndarray[Any, Any]] = []
+def validation_places(manifest: Manifest, num_sequences: int, length: int) -> list[tuple[str, int]]:
+    """Where up to `num_sequences` evenly spaced sequences of `length` tokens start, by source."""
+    places: list[tuple[str, int]] = []
     total = sum(source.validation.tokens for source in manifest.sources)
     for source in manifest.sources:
         available = source.validation.tokens // length
         share = round(num_sequences * source.validation.tokens / total) if total else 0
         count = min(max(share, 1), available) if available else 0
-        reader = TokenReader(manifest, source.name, "validation")
-        for number in range(count):
-            start = number * available // count * length
-            rows.append(reader.read(start, start + length))
-    return np.stack(rows).astype(np.int64) if rows else np.zeros((0, length), np.int64)
+        places += [(source.name, n * available // count * length) for n in range(count)]
+    return places
 
 
 def timed(batches: Iterable[Columns]) -> Iterator[tuple[Columns, float]]:

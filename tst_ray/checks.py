@@ -77,6 +77,14 @@ def _data_problems(config: Config) -> Iterator[Problem]:
         )
     if data.prepared is None and not data.sources:
         yield Problem(path, "nothing to train on; list at least one path")
+    if data.weights is not None and data.prepared is None:
+        yield Problem(
+            ("data", "weights"),
+            "is for data.prepared; give each of data.sources a weight of its own",
+            (path, ("data", "prepared")),
+        )
+    elif data.weights is not None and not sum(data.weights.values()):
+        yield Problem(("data", "weights"), "no weight is positive; give at least one that is")
     weights = [source.weight for source in data.sources if source.weight is not None]
     if weights and len(weights) < len(data.sources):
         yield Problem(path, "some sources have a weight and some have none; give each one")

@@ -3,13 +3,14 @@ settings`.
 
 Any field of the config is an option, `--section.field=value`, of run, prepare and plan. Exit
 status: 0 done; 1 failed, with one line on standard error; 2 bad usage or config, before anything
-starts.
+starts; 130 and 143 stopped by Ctrl-C and SIGTERM. After 1, 130 and 143 the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tst-ray: interrupted; the same command resumes the run", file=sys.stderr)
         return 130
+    except SystemExit as error:  # how Ray takes SIGTERM while no stage trains
+        if error.code != signal.SIGTERM:
+            raise
+        print("tst-ray: terminated; the same command resumes the run", file=sys.stderr)
+        return 143
     except BrokenPipeError:
         return 1
     except OSError as error:  # storage's
@@ -92,7 +98,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(arguments)
     wrong = [arg for arg in rest if not (args.takes_overrides and arg.startswith("--"))]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        hint = "; write --section.field=value" if args.takes_overrides else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
     return args, rest
 
 

@@ -67,6 +67,7 @@ MAY_CHANGE = (
     "tst.workers",
     "phases.*.workers",  # … nor on how many
     "data.cache",
+    "data.prepared",  # shards may move; their fingerprint says whether they are the same
     "train.micro_batch_size",  # how a batch is computed, not what is computed
     "train.compile",
     "train.activation_checkpointing",

@@ -28,7 +28,7 @@ from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
 from tst_ray.config import Config
-from tst_ray.corpus import build_feeds, build_order, prepare_corpus
+from tst_ray.corpus import build_feeds, build_order, mixture, prepare_corpus, shown_mixture
 from tst_ray.errors import ConfigError, Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import one_line
@@ -36,8 +36,14 @@ from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
-from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
-from tst_ray.session import ask_autoscaler, check_capacity, ray_session
+from tst_ray.runstore import LOCK, MANIFEST, PLAN, open_run, read_events
+from tst_ray.session import (
+    ask_autoscaler,
+    check_capacity,
+    check_shared,
+    ray_session,
+    unused_gpus,
+)
 from tst_ray.stage import Stage, charge, newest_step
 from tst_ray.storage import Storage
 
@@ -82,7 +88,8 @@ def prepare_only(config: Config, say: Say) -> Manifest:
     """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
-    with ray_session(config, build_plan(config)):
+    build_plan(config)
+    with ray_session(config, None):
         return prepare_corpus(config, "ray", say)
 
 
@@ -126,7 +133,7 @@ class Coordinator:
         """Note how the run stopped; what was refused before training changes nothing."""
         trained = self.state not in (State.PREPARE, State.PLAN)
         self.state = State.FAILED
-        asked = isinstance(error, (Interrupted, KeyboardInterrupt))
+        asked = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
         with contextlib.suppress(Exception):  # the error itself is what the user must see
             if trained:
                 update_state(run, status="stopped" if asked else "failed")
@@ -150,13 +157,22 @@ class Coordinator:
             self.say("starting Ray")
             # For the worker groups' sake, and it takes as long as Ray takes to start.
             threading.Thread(target=importlib.import_module, args=("torch",)).start()
-            with ray_session(self.config, self.plan):
-                check_capacity(self.config, self.plan, self.say)
+            with ray_session(self.config, self.plan) as session:
+                update_state(run, ray_address=session.address)
                 try:
+                    self._check_cluster(run)
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray")
                 finally:
                     ask_autoscaler(self.config, 0)  # else the cluster would stay large
+
+    def _check_cluster(self, run: Storage) -> None:
+        """Refuse a cluster that the run could not use, and say what it leaves unused."""
+        check_capacity(self.config, self.plan, newest_step(run), self.say)
+        if run.is_local:
+            check_shared(run.at(LOCK))
+        if gpus := unused_gpus(self.config):
+            self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
 
     @contextlib.contextmanager
     def _memory_of_the_cluster(self) -> Iterator[None]:
@@ -174,11 +190,15 @@ class Coordinator:
             self.vaults.close()
 
     def _drive(self, run: Storage, backend: str) -> Outcome:
+        for remark in _call(backend, check_model, self.config, self.plan, None):
+            self.say(remark)
         manifest = self._corpus_of(run, backend)
         _call(backend, check_model, self.config, self.plan, manifest)
         self._enter(State.PLAN)
         self._charge(run, "restart" if newest_step(run) else "startup")
         order = build_order(self.config, self.plan, manifest)
+        if len(shares := mixture(order)) > 1:
+            self.say(f"mixture: {shown_mixture(shares)}")
         feeds = build_feeds(self.plan, order, manifest, run.location(MANIFEST))
         self._record_plan(run, manifest)
         while True:
@@ -282,19 +302,33 @@ class Coordinator:
         self.state = state
 
 
-def check_model(config: Config, plan: Plan, manifest: Manifest) -> None:
+def check_model(config: Config, plan: Plan, manifest: Manifest | None) -> list[str]:
     """Refuse, before workers start, a model that cannot be trained or does not fit the text.
 
     It needs torch and transformers, which this process can do without.
 
+    Args:
+        manifest: the text's; None before it is there, for all that the model alone tells.
+
+    Returns:
+        remarks for the user.
+
     Raises:
         ConfigError: with the reason.
     """
-    from tst_ray.architecture import check_supported, hf_config
+    from tst_ray.architecture import check_supported, hf_config, ignored_fields
 
-    model = hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token)
+    model = hf_config(
+        config.model,
+        vocab_size=manifest.vocab_size if manifest else None,
+        eot_token=manifest.eot_token if manifest else None,
+    )
     longest = max(phase.latent_length for phase in plan.phases)
     check_supported(model, latent_length=longest)
+    return [
+        f"model.config.{name}: {model.model_type} has no such field; it is ignored"
+        for name in ignored_fields(config.model)
+    ]
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

@@ -15,10 +15,11 @@ from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
 from pipelines.order import Cut, Order, StreamSource
+from pipelines.storage import absolute
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
 from tst_ray.config import Config
-from tst_ray.errors import RunError
+from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
 from tst_ray.storage import Storage
 
@@ -32,13 +33,20 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
         DataError: with the file and the remedy.
     """
     if config.data.prepared:
-        manifest = Manifest.load(config.data.prepared)
+        manifest = Manifest.load(absolute(config.data.prepared))
         tokenizer = config.data.tokenizer
         check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
     else:
         sources, settings, folder = _preparation(config)
         manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
     verify_shards(manifest)
+    for source in manifest.sources:
+        if source.num_skipped:
+            first = source.skipped[0]
+            say(
+                f"{source.name}: {source.num_skipped:,} texts left out, such as {first['path']}: "
+                f"{first['reason']}"
+            )
     if not any(source.validation.tokens for source in manifest.sources):
         say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest
@@ -47,7 +55,7 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
 def find_prepared(config: Config) -> Manifest | None:
     """The run's shards where they are prepared already, else None."""
     if config.data.prepared:
-        return Manifest.load(config.data.prepared)
+        return Manifest.load(absolute(config.data.prepared))
     try:
         return Manifest.load(_preparation(config)[2])
     except (DataError, RunError):
@@ -68,25 +76,20 @@ def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any]
         "row_tokens": data.row_tokens,
         "undecodable": data.undecodable,
     }
-    cache = data.cache or f"{Storage(config.run.storage).url}/shards"
+    cache = absolute(data.cache) if data.cache else f"{Storage(config.run.storage).url}/shards"
     return sources, settings, prepared_folder(cache, sources, **settings)
 
 
 def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
     """The order of the run over these shards.
 
-    Sources are mixed by their weights; without any, all are read at the same pace, so that each has
-    seen as many epochs as the others.
+    Raises:
+        ConfigError: `data.weights` names other sources than there are.
     """
-    given = [source.weight for source in config.data.sources]
-    weighted = bool(given) and None not in given
+    weights = _weights(config, manifest)
     sources = tuple(
-        StreamSource(
-            source.name,
-            source.train.tokens,
-            float(given[number] or 0) if weighted else float(source.train.tokens),
-        )
-        for number, source in enumerate(manifest.sources)
+        StreamSource(source.name, source.train.tokens, weight)
+        for source, weight in zip(manifest.sources, weights, strict=True)
     )
     cuts = tuple(
         Cut(
@@ -100,6 +103,36 @@ def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
     )
     block_tokens = manifest.row_tokens
     return Order(sources, cuts, block_tokens, config.data.shuffle_tokens, config.run.seed)
+
+
+def _weights(config: Config, manifest: Manifest) -> list[float]:
+    """Each source's weight in the mixture, as given.
+
+    Without any, all are read at the same pace, so that each has seen as many epochs as the others.
+    """
+    names = [source.name for source in manifest.sources]
+    given = [source.weight for source in config.data.sources]
+    if config.data.weights is not None:
+        if set(config.data.weights) != set(names):
+            raise ConfigError(
+                f"data.weights: names {', '.join(config.data.weights)}; the shards have "
+                f"{', '.join(names)}; give each of those a weight"
+            )
+        given = [config.data.weights[name] for name in names]
+    if not given or None in given:
+        return [float(source.train.tokens) for source in manifest.sources]
+    return [float(weight or 0) for weight in given]
+
+
+def mixture(order: Order) -> dict[str, float]:
+    """The share of the training tokens that comes from each source, by name; they sum to 1."""
+    total = sum(source.weight for source in order.sources)
+    return {source.name: source.weight / total for source in order.sources}
+
+
+def shown_mixture(shares: dict[str, float]) -> str:
+    """What `mixture` gives as text: "web 70.0%, code 30.0%"."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def build_feeds(

@@ -119,7 +119,10 @@ def _read_run(run: Storage) -> tuple[Config, dict[str, Any]]:
     plan = run.read_json("plan.json")
     if not run.exists("config.yaml") or plan is None:
         raise RunError(f"{run.url}: not a run directory (no config.yaml and plan.json in it)")
-    return Config.model_validate(yaml.safe_load(run.read("config.yaml"))), plan
+    config = yaml.safe_load(run.read("config.yaml"))
+    # No more than is needed: an older version's run may have settings that are no more.
+    needed = {section: config.get(section) for section in ("run", "model")}
+    return Config.model_validate(needed), plan
 
 
 def _pick(run: Storage, step: int | None) -> CheckpointInfo:

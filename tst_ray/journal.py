@@ -215,7 +215,8 @@ class Journal:
             log.warning("%s stays as it was: %s", STATE, error)
 
     def _write_state(self, step: int, run: Storage) -> None:
-        if not self._is_current(run):
+        before = read_state(run)
+        if not self._is_current(before):
             raise RunError("another attempt of this run has taken over; this one ends")
         done = step >= self._plan.total_steps
         state = {
@@ -227,6 +228,7 @@ class Journal:
             "attempt": self.attempt,
             "attempt_from": self._started_at,
             "nodes": list(self._writer.nodes),
+            "ray_address": before.get("ray_address"),
             "updated": round(time.time(), 3),
             "time": self.account.to_dict(),
         }
@@ -234,10 +236,10 @@ class Journal:
 
     def is_current(self) -> bool:
         """Whether no newer attempt has started."""
-        return self._is_current(self.run)
+        return self._is_current(read_state(self.run))
 
-    def _is_current(self, run: Storage) -> bool:
-        return int(read_state(run).get("attempt", 0)) <= self.attempt
+    def _is_current(self, state: dict[str, Any]) -> bool:
+        return int(state.get("attempt", 0)) <= self.attempt
 
     def pass_over(self, facts: dict[str, Any]) -> None:
         """Add a roll-back to the run's list; what it names is not trained on from now on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from rich.table import Table
 from tst_ray.checkpoint import MARKER, CheckpointInfo, one_line, read_meta, step_of, verify
 from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
-from tst_ray.corpus import build_order, find_prepared
+from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture
 from tst_ray.display import describe_phase, duration, short_number, show_loss
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
@@ -33,6 +33,7 @@ from tst_ray.storage import Storage
 
 _TABLE_WIDTH = 110
 _QUICK_BYTES = 256 << 20  # a checkpoint so small is read in about a second
+_SILENT_S = 120.0  # run.json is written every few seconds by a run at work
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
 
 
@@ -70,6 +71,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
         names = [source.name for source in manifest.sources]
         facts["corpus"] = {
             "folder": manifest.folder,
+            "mixture": mixture(order),
             "train_tokens": {source.name: source.train.tokens for source in manifest.sources},
             "validation_tokens": {
                 source.name: source.validation.tokens for source in manifest.sources
@@ -169,7 +171,12 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
                 f"  {name}: {epochs:.3f} epochs when it ends; "
                 f"{tail:,} tokens an epoch fill no sequence"
             )
-    if "corpus" not in facts:
+    if "corpus" in facts:
+        shares = facts["corpus"]["mixture"]
+        if len(shares) > 1:
+            say()
+            say(f"mixture    {shown_mixture(shares)}")
+    else:
         say()
         say("corpus     not prepared yet: epochs and tails are told after `tst-ray prepare`")
 
@@ -201,8 +208,16 @@ def settings_table() -> str:
         for name, field in fields.items():
             name = field.alias or name
             default = _default_words(defaults[name], f"{section}.{name}")
-            rows.append(f"| `{section}.{name}` | {default} | {_cell(field.description)} |")
+            meaning = _cell(field.description) + _choices(field.annotation)
+            rows.append(f"| `{section}.{name}` | {default} | {meaning} |")
     return "\n".join(rows)
+
+
+def _choices(annotation: Any) -> str:
+    """The values that a field takes, where they are few."""
+    if get_origin(annotation) is not Literal:
+        return ""
+    return f" ({', '.join(f'`{value}`' for value in get_args(annotation))})"
 
 
 def _cell(text: str | None) -> str:
@@ -228,13 +243,14 @@ def status_facts(run: Storage) -> dict[str, Any]:
     records = run.tail_records(METRICS, 1 << 16)
     step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
-    running = state["status"] == "running"
+    silent_s = time.time() - state["updated"]
+    running = state["status"] == "running" and silent_s < _SILENT_S
     newest = next((c for c in checkpoint_facts(run) if c["state"] == "committed"), None)
     account = Account.from_dict(state.pop("time", None), time.time())
     return {
         "run": run.url,
         **state,
-        "last_update_s_ago": round(time.time() - state["updated"], 1),
+        "last_update_s_ago": round(silent_s, 1),
         "eta_s": round(left * step_time_s, 1) if running and left and step_time_s else None,
         "newest_checkpoint": newest["step"] if newest else None,
         "newest_checkpoint_checked": newest["checked"] if newest else None,
@@ -262,6 +278,12 @@ def print_status(facts: dict[str, Any]) -> None:
         say(
             f"phase {facts['phase'] + 1}, step {facts['step']:,} of {facts['total_steps']:,}, "
             f"{facts['world_size']} worker(s), attempt {facts['attempt']}"
+        )
+    silent_s = facts["last_update_s_ago"]
+    if facts["status"] in ("running", "starting") and silent_s >= _SILENT_S:
+        say(
+            f"nothing heard of it for {duration(silent_s)}: if its driver is gone, the same "
+            "command resumes it"
         )
     if facts["eta_s"] is not None:
         say(f"about {duration(facts['eta_s'])} left")

@@ -7,6 +7,7 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -24,6 +25,7 @@ from tst_ray.timeouts import GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
+_LOOK_S = 120.0  # for every node to start a process and look at a file
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
@@ -38,15 +40,26 @@ _RAY_TRAIN_SETTINGS = {
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray. `log_folder` is where Ray writes its own logs, on the head node."""
+    """A connected Ray.
+
+    Attributes:
+        address: HOST:PORT of its head.
+        log_folder: where Ray writes its own logs, on the head node.
+    """
 
     is_local: bool
+    address: str
     log_folder: str
 
 
 def workers_needed(plan: Plan) -> int:
     """The workers without which some phase cannot run."""
     return max(phase.min_workers for phase in plan.phases)
+
+
+def workers_needed_next(plan: Plan, step: int) -> int:
+    """The workers without which a run cannot go on from a step; 0 where it is done."""
+    return next((p.min_workers for p in plan.phases if p.last_step > step), 0)
 
 
 def cpus_needed(config: Config, num_workers: int) -> float:
@@ -62,7 +75,7 @@ def check_local(config: Config, plan: Plan) -> None:
     Raises:
         ConfigError: with both numbers.
     """
-    workers, cores = workers_needed(plan), max(os.cpu_count() or 1, 2)
+    workers, cores = workers_needed(plan), max(_cores(), 2)
     if workers * config.cluster.cpus_per_worker > cores:
         raise ConfigError(
             f"cluster.workers = {workers}: needs {workers * config.cluster.cpus_per_worker:g} CPUs "
@@ -71,15 +84,26 @@ def check_local(config: Config, plan: Plan) -> None:
         )
 
 
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextlib.contextmanager
-def ray_session(config: Config, plan: Plan) -> Iterator[Session]:
+def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
     """Join the cluster at RAY_ADDRESS (a Ray job has it set), or start Ray here and stop it after.
 
+    Args:
+        plan: what is to be trained; None where nothing is.
+
     Raises:
+        ConfigError: a Ray here could never have room for the plan.
         RunError: there is no cluster at the address.
     """
     is_local = "RAY_ADDRESS" not in os.environ
-    if is_local:
+    if is_local and plan is not None:
         check_local(config, plan)
     # Usage statistics would leave the user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -105,12 +129,25 @@ def _forks(config: Config) -> bool:
     return config.cluster.fork_server and sys.platform == "linux"
 
 
-def _local_options(config: Config, plan: Plan) -> dict[str, Any]:
-    """What `ray.init` is told to start a Ray on this machine."""
+def local_cpus(config: Config, plan: Plan | None) -> int:
+    """The CPUs of a Ray on this machine: its cores, and some more where readers share them.
+
+    Workers each have cores of their own: a range of workers goes as far as the cores do.
+    """
+    cores = _cores()
+    if plan is None:
+        return cores
     most = max(phase.max_workers for phase in plan.phases)
+    hold = int(max(cores, 2) / config.cluster.cpus_per_worker + 1e-9)
+    workers = max(min(most, hold), workers_needed(plan))
+    return max(cores, math.ceil(cpus_needed(config, workers)))
+
+
+def _local_options(config: Config, plan: Plan | None) -> dict[str, Any]:
+    """What `ray.init` is told to start a Ray on this machine."""
     return {
         "address": "local",  # a cluster that runs here by chance is somebody else's
-        "num_cpus": max(os.cpu_count() or 1, int(-(-cpus_needed(config, most) // 1))),
+        "num_cpus": local_cpus(config, plan),
         "include_dashboard": False,
         "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
         # The processes that Ray starts unasked have not this run's environment.
@@ -124,10 +161,11 @@ def _connected(is_local: bool, options: dict[str, Any]) -> Iterator[Session]:
 
     try:
         context = ray.init(**options)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # the second: what is no address at all
         raise _no_cluster(os.environ.get("RAY_ADDRESS")) from error
     try:
-        yield Session(is_local, os.path.join(context.address_info["session_dir"], "logs"))
+        info = context.address_info
+        yield Session(is_local, info["gcs_address"], os.path.join(info["session_dir"], "logs"))
     finally:
         with contextlib.suppress(OSError):  # it prints, and the disk of the log may be full
             ray.shutdown()
@@ -135,9 +173,14 @@ def _connected(is_local: bool, options: dict[str, Any]) -> Iterator[Session]:
 
 def _check_address(address: str) -> None:
     """Refuse an address where nothing listens; Ray itself would try for minutes."""
+    if "://" in address:
+        raise RunError(
+            f"RAY_ADDRESS = {address}: give HOST:PORT, as `ray start --head` prints it; http:// is "
+            "for `ray job submit`, and a driver at the end of a ray:// would be none of the cluster"
+        )
     host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return  # `auto`, or a scheme of Ray's own
+    if not port.isdigit():
+        return  # `auto`
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
@@ -151,30 +194,86 @@ def _no_cluster(address: str | None) -> RunError:
     )
 
 
-def check_capacity(config: Config, plan: Plan, say: Callable[[str], None]) -> None:
+def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], None]) -> None:
     """Wait, `cluster.wait_s` at most, until the cluster has room for the smallest allowed group.
+
+    A cluster that grows (`cluster.wait_s` is not 0) needs room for the phase that comes next; a
+    later one waits for its nodes when its turn comes. An autoscaler starts no node that nobody
+    asks for, so it is asked. One that does not grow must have room for every phase.
+
+    Args:
+        step: how many steps are done.
 
     Raises:
         RunError: it has not; with what is needed and what there is.
     """
+    grows = config.cluster.wait_s > 0
+    workers = workers_needed_next(plan, step) if grows else workers_needed(plan)
     deadline = time.monotonic() + config.cluster.wait_s
     said = False
-    while True:
-        problem = _shortage(config, plan)
-        if problem is None:
-            return
+    while (problem := _shortage(config, workers)) is not None:
         if time.monotonic() >= deadline:
             raise RunError(problem)
         if not said:
             say(f"waiting for the cluster to grow: {problem}")
+            ask_autoscaler(config, workers)
             said = True
         time.sleep(1.0)
 
 
-def _shortage(config: Config, plan: Plan) -> str | None:
-    """What the cluster lacks for the smallest allowed worker group; None where it lacks nothing."""
-    workers, per_worker = workers_needed(plan), worker_resources(config)
-    nodes = living_nodes()
+def unused_gpus(config: Config) -> int:
+    """How many GPUs the cluster has where the workers are to train without."""
+    if config.cluster.gpus_per_worker:
+        return 0
+    return int(sum(node.resources.get("GPU", 0.0) for node in living_nodes()))
+
+
+def check_shared(path: str) -> None:
+    """Refuse a file of this machine that some other node of the cluster does not see.
+
+    Looked for by a task on every node; a node that does not answer says nothing.
+
+    Raises:
+        RunError: with the node and the remedy.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    looks = {}
+    for node_id in addresses.keys() - {here}:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        look = ray.remote(sees).options(num_cpus=0, scheduling_strategy=there)
+        looks[node_id] = look.remote(path)
+    deadline = time.monotonic() + _LOOK_S
+    for node_id, look in looks.items():
+        try:
+            seen = ray.get(look, timeout=max(deadline - time.monotonic(), 1.0))
+        except RayTaskError as error:
+            if isinstance(error.cause, ModuleNotFoundError):
+                raise RunError(
+                    f"node {addresses[node_id]}: {error.cause}; install this package on every node"
+                ) from error
+            continue
+        except RayError:  # it is gone, or slow
+            continue
+        if not seen:
+            raise RunError(
+                f"run.storage: node {addresses[node_id]} does not see {path}; give a folder or a "
+                "URL that all nodes share"
+            )
+
+
+def sees(path: str) -> bool:
+    """Whether there is a file of that path where this runs."""
+    return os.path.exists(path)
+
+
+def _shortage(config: Config, workers: int) -> str | None:
+    """What the cluster lacks for so many workers; None where it lacks nothing."""
+    per_worker, nodes = worker_resources(config), living_nodes()
     for name, amount in per_worker.items():
         total = sum(node.resources.get(name, 0.0) for node in nodes)
         data_cpus = config.cluster.data_cpus if name == "CPU" else 0

@@ -194,6 +194,8 @@ class DataConfig(_Section):
     """what to train on: a list of paths, or of mappings with path, name, weight, text_field"""
     prepared: str | None = None
     """a folder of prepared shards, instead of sources"""
+    weights: dict[str, Amount] | None = None
+    """with prepared: each source's weight in the mixture, by name; their tokens unless given"""
     tokenizer: str = "train"
     """train (on the text itself), or a tokenizer's Hugging Face id or folder"""
     vocab_size: int = Field(default=1024, ge=1)
@@ -229,7 +231,7 @@ class _Superposition(_Section):
     fold: Fold = "sequence"
     """how bags are cut: from sequences s times as long, s times as many, or into fewer positions"""
     workers: Workers | None = None
-    """workers of the phase, N or [min, max]; cluster.workers unless given"""
+    """workers of the phase, N or [min, max]; cluster.workers unless given, and 1 in the demo"""
 
 
 class TstConfig(_Superposition):
@@ -354,7 +356,7 @@ class FaultConfig(_Section):
     """What happens when something goes wrong."""
 
     max_failures: int = Field(default=3, ge=0)
-    """failures in a row, without progress between them, after which the run gives up"""
+    """failures in a row, without progress between them, that a run survives"""
     max_failed_saves: Count = 3
     """checkpoints in a row that could not be saved, after which the run stops"""
     max_skipped: Count = 5
@@ -385,7 +387,7 @@ class Config(_Section):
     tst: TstConfig = TstConfig()
     """Token Superposition, in two phases"""
     phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False, min_length=1)] | None = None
-    """the phases in full, instead of tst: a list of mappings with bag_size, steps, …"""
+    """the phases in full, instead of tst: a list of mappings with steps and tst's other fields"""
     train: TrainConfig = TrainConfig()
     """the optimization"""
     cluster: ClusterConfig = ClusterConfig()

@@ -1,0 +1,60 @@
+"""Held-out text: the same sequences at every world size, in batches no larger than a step's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.shards import Manifest, TokenReader
+from tests.corpora import write_corpus
+from tests.tiny import make_config
+from tst_ray.batches import Validation
+from tst_ray.plan import build_plan
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two sources with 400 held-out tokens each."""
+    return write_corpus(tmp_path_factory.mktemp("shards"), 3_000, 1_000)
+
+
+def load(tmp_path: Path, manifest: Manifest, world_size: int, **overrides: int) -> list[Validation]:
+    config = make_config(tmp_path, manifest, metrics__val_sequences=24, **overrides)
+    plan = build_plan(config)
+    return [Validation.load(config, plan, manifest, r, world_size) for r in range(world_size)]
+
+
+def real_rows(ranks: list[Validation]) -> np.ndarray:
+    return np.concatenate(
+        [tokens[:real].numpy() for rank in ranks for tokens, real in rank.micro_batches]
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 30])
+def test_the_same_sequences_at_every_world_size(
+    tmp_path: Path, manifest: Manifest, world_size: int
+) -> None:
+    ranks = load(tmp_path, manifest, world_size)
+    assert np.array_equal(real_rows(ranks), real_rows(load(tmp_path, manifest, 1)))
+    assert {rank.num_targets for rank in ranks} == {24 * 8}
+    assert len({len(rank.micro_batches) for rank in ranks}) == 1
+
+
+def test_they_are_spread_over_each_source(tmp_path: Path, manifest: Manifest) -> None:
+    rows = real_rows(load(tmp_path, manifest, 1))
+    held_out = [TokenReader(manifest, name, "validation").read(0, 400) for name in ("s0", "s1")]
+    expected = [source[n * 44 // 12 * 9 :][:9] for source in held_out for n in range(12)]
+    assert np.array_equal(rows, np.stack(expected))
+
+
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """Without micro-batches: 5 sequences a step, of which each of two ranks has 3 at most."""
+    for world_size, most in ((1, 5), (2, 3), (5, 1)):
+        for rank in load(tmp_path, manifest, world_size):
+            assert max(len(tokens) for tokens, _ in rank.micro_batches) <= most
+    (alone,) = load(tmp_path, manifest, 1, train__micro_batch_size=2)
+    assert max(len(tokens) for tokens, _ in alone.micro_batches) == 2

@@ -1,0 +1,133 @@
+"""The cluster that a run uses: what it must have, whom it asks for more, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tst_ray import session
+from tst_ray.config import Config, load_config
+from tst_ray.elastic import Node
+from tst_ray.errors import ConfigError, RunError
+from tst_ray.plan import build_plan
+from tst_ray.session import check_capacity, check_local, local_cpus, ray_session, unused_gpus
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config(None, ["--train.steps=100", *overrides])
+
+
+def nodes(*cpus: float, gpus: float = 0.0) -> list[Node]:
+    return [Node(f"n{i}", {"CPU": c, "GPU": gpus}) for i, c in enumerate(cpus)]
+
+
+# -- a Ray on this machine -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "cpus"),
+    [
+        (2, [], 3),  # the demo: two workers, and its reader shares a core with them
+        (1, [], 3),
+        (16, [], 16),
+        (4, ["--cluster.workers=[1, 64]"], 5),  # no more workers than cores
+        (4, ["--cluster.workers=[1, 64]", "--cluster.cpus_per_worker=2"], 5),
+        (4, ["--cluster.workers=[1, 64]", "--cluster.cpus_per_worker=0.5"], 5),
+        (4, ["--cluster.workers=3", "--cluster.data_cpus=4"], 7),
+    ],
+)
+def test_a_range_of_workers_goes_as_far_as_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, options: list[str], cpus: int
+) -> None:
+    monkeypatch.setattr(session, "_cores", lambda: cores)
+    config = config_of("--train.batch_size=64", *options)
+    assert local_cpus(config, build_plan(config)) == cpus
+
+
+def test_what_trains_nothing_needs_no_cpus_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_cores", lambda: 4)
+    config = config_of("--cluster.workers=16")
+    with pytest.raises(ConfigError, match="this machine has 4"):
+        check_local(config, build_plan(config))
+    assert local_cpus(config, None) == 4
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_an_address_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    config = config_of("--cluster.fork_server=false")
+    told = pytest.raises(RunError, match=f"RAY_ADDRESS = {address}: give HOST:PORT")
+    with told, ray_session(config, build_plan(config)):
+        pass
+
+
+# -- room ------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Nodes that come when an autoscaler was asked and some time has passed; no time passes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
+        self.nodes, self.coming, self.asked, self.now = nodes(*cpus), nodes(), [], 0.0
+        monkeypatch.setattr(session, "living_nodes", lambda: self.nodes)
+        monkeypatch.setattr(session, "ask_autoscaler", self._ask)
+        monkeypatch.setattr(session.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(session.time, "sleep", self._sleep)
+
+    def _ask(self, config: Config, num_workers: int) -> None:
+        self.asked.append(num_workers)
+        self.coming = nodes(*[1.0] * (num_workers + 1))
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > 60:
+            self.nodes = [*self.nodes, *self.coming]
+
+
+TWO_SIZES = ["--tst.workers=2", "--cluster.workers=8"]
+
+
+def capacity(step: int, *options: str) -> list[str]:
+    config = config_of(*TWO_SIZES, *options)
+    said: list[str] = []
+    check_capacity(config, build_plan(config), step, said.append)
+    return said
+
+
+def test_a_cluster_that_does_not_grow_must_have_room_for_every_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster(monkeypatch, 4)
+    with pytest.raises(RunError, match=r"workers = 8: needs 8 x 1 CPU .* the cluster has 4 CPU"):
+        capacity(0)
+    assert not cluster.asked
+    Cluster(monkeypatch, 9)
+    assert capacity(0) == []
+
+
+@pytest.mark.parametrize(("step", "workers"), [(0, 2), (29, 2), (30, 8)])
+def test_a_cluster_that_grows_is_asked_for_the_phase_that_comes_next(
+    monkeypatch: pytest.MonkeyPatch, step: int, workers: int
+) -> None:
+    """From nothing: an autoscaler starts no node that nobody asks for."""
+    cluster = Cluster(monkeypatch)
+    (said,) = capacity(step, "--cluster.wait_s=3600")
+    assert f"waiting for the cluster to grow: cluster.workers = {workers}" in said
+    assert cluster.asked == [workers]
+
+
+def test_a_finished_run_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, 1)
+    assert capacity(100, "--cluster.wait_s=10") == []
+
+
+def test_waiting_for_a_cluster_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 1)
+    with pytest.raises(RunError, match="workers = 2: needs"):
+        capacity(0, "--cluster.wait_s=30")
+    assert 30 <= cluster.now < 32
+
+
+def test_gpus_that_nobody_trains_on_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "living_nodes", lambda: nodes(8, 8, gpus=4))
+    assert unused_gpus(config_of()) == 8
+    assert unused_gpus(config_of("--cluster.gpus_per_worker=1")) == 0

@@ -7,6 +7,7 @@
     damage.py      what is done to files: checkpoints, and the space that is left for them
     injector.py    watches a run, and strikes once a step is reached
     chaos.py       all of that by one name; the command line
+    notices.py     passes a cloud's notice of reclaim on to Ray; a command for each node
 
 `tst_ray` and `pipelines` import nothing of it.
 """

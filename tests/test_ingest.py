@@ -170,7 +170,7 @@ def test_ray_data_deals_each_rank_its_batches(
 
     import ray.data
 
-    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 500)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 64)
     feed = make_feed(manifest, phase)
     feed_small = ChunksOfTwo(**{name: getattr(feed, name) for name in feed.__dataclass_fields__})
     dataset = ray_dataset(feed_small, start, feed.last_step, world_size)

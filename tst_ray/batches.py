@@ -20,6 +20,9 @@ from pipelines.shards import Manifest, TokenReader
 from tst_ray.config import Config
 from tst_ray.plan import Plan
 
+FEW_POSITIONS = 16_384
+"""Positions that an evaluation may take at once, even where a step takes fewer."""
+
 
 def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[torch.Tensor, int]]:
     """Split a local batch into micro-batches: as many on every rank, whatever its share.
@@ -82,8 +85,10 @@ class Validation:
         for row, (source, start) in enumerate(mine):
             padded[row] = readers[source].read(start, start + length)
         batch = {"tokens": padded, "slot": np.where(np.arange(height) < len(mine), 0, FILLER)}
+        # As many as a step trains on, which fit; or few, that fit without what backward keeps.
         rows_of_a_step = rows_per_rank(min(p.num_sequences for p in plan.phases), world_size)
-        pieces = micro_batches(batch, config.train.micro_batch_size or rows_of_a_step)
+        few = FEW_POSITIONS // plan.sequence_length
+        pieces = micro_batches(batch, config.train.micro_batch_size or max(rows_of_a_step, few))
         return cls(pieces, len(places) * plan.sequence_length)
 
 

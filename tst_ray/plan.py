@@ -287,7 +287,8 @@ def memory_per_worker(
         its way) in the compute precision with their gradients; while micro-batches accumulate,
         every gradient in float32. Nothing for one float32 worker, which is not sharded.
     activations: what backward keeps of one micro-batch (see `_activations`).
-    logits: see `_logits`; evaluation runs as many rows, at the full sequence length.
+    logits: see `_logits`; evaluation runs as many rows, at the full sequence length (or 16,384
+        positions, which without a backward pass need less than a step does).
     tokens: the local batch, look-ahead included: all that bags add to memory.
     """
     rows = batch_split(phase.num_sequences, world_size)[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import sys
 import time
@@ -29,8 +30,11 @@ from cluster.targets import Gcs
 from tst_ray.errors import RunError, UserError
 
 METADATA = "http://169.254.169.254"  # of all three; no name to resolve, and no proxy
-_ANSWER_S = 2.0
+_ANSWER_S = 10.0
+_BOOT_S = 120.0  # a machine that starts may be sooner than its metadata service
 _SHORT_NOTICE_S = 30.0  # what Google Cloud and Azure give at the least
+
+_TROUBLE = (OSError, ValueError, KeyError, http.client.HTTPException)  # no answer, or no sense
 
 Ask = Callable[[str], float | None]
 """Asks a metadata service for the Unix time at which this machine ends; None: no notice.
@@ -73,15 +77,18 @@ def ask_azure(metadata: str) -> float | None:
     preempted = [event for event in listed["Events"] if event["EventType"] == "Preempt"]
     if not preempted:
         return None
-    name = _fetch(
-        f"{metadata}/metadata/instance/compute/name?api-version=2021-02-01&format=text", header
-    )
-    ends = [event["NotBefore"] for event in preempted if name.strip() in event["Resources"]]
+    name = _azure_name(metadata)
+    ends = [event["NotBefore"] for event in preempted if name in event["Resources"]]
     if not ends:
         return None
     started = "" in ends  # the time is left out once it has come
     soonest = time.time() if started else min(parsedate_to_datetime(e).timestamp() for e in ends)
     return soonest
+
+
+def _azure_name(metadata: str) -> str:
+    url = f"{metadata}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+    return _fetch(url, {"Metadata": "true"}).strip()
 
 
 CLOUDS: dict[str, Ask] = {"aws": ask_aws, "gcp": ask_gcp, "azure": ask_azure}
@@ -95,24 +102,31 @@ def _fetch(url: str, headers: dict[str, str], method: str = "GET") -> str:
         return str(answer.read().decode())
 
 
-def which_cloud(metadata: str) -> str:
+def which_cloud(metadata: str, wait_s: float = _BOOT_S) -> str:
     """The cloud that this machine is of, by who answers.
 
+    Azure's list of events takes minutes to answer for the first time; its name does not.
+
     Raises:
-        RunError: none does.
+        RunError: none does, for so long.
     """
-    for name, ask in CLOUDS.items():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            ask(metadata)
-            return name
-    raise RunError(f"{metadata}: no cloud's metadata service answers there; give --cloud")
+    probes: dict[str, Callable[[str], object]] = CLOUDS | {"azure": _azure_name}
+    deadline = time.monotonic() + wait_s
+    while True:
+        for name, probe in probes.items():
+            with contextlib.suppress(*_TROUBLE):
+                probe(metadata)
+                return name
+        if time.monotonic() >= deadline:
+            raise RunError(f"{metadata}: no cloud's metadata service answers there; give --cloud")
+        time.sleep(1.0)
 
 
 def nodes_here(address: str) -> list[str]:
     """The Ray nodes of this machine that can be drained: all but the head."""
     from ray.util import get_node_ip_address
 
-    here, gcs = get_node_ip_address(), Gcs(address)
+    here, gcs = get_node_ip_address(address), Gcs(address)
     losable = set(gcs.losable_nodes())
     return [
         node["NodeID"]
@@ -126,20 +140,23 @@ def watch(address: str, ask: Ask, metadata: str, every_s: float, say: Callable[[
 
     What does not answer is asked again: a head that is busy, a metadata service that has no time.
     """
-    trouble = ""
+    from ray.exceptions import RayError
+
+    told = ""
     while True:
         try:
             end = ask(metadata)
-            if end is not None:
-                nodes = nodes_here(address)
+            if end is not None and (nodes := nodes_here(address)):
                 for node in nodes:
                     give_notice(address, node, max(end - time.time(), 0.0))
                     say(f"node {node}: its machine is taken in {end - time.time():.0f} s; drained")
                 return len(nodes)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if (told := f"{type(error).__name__}: {error}") != trouble:
-                trouble = told
-                say(f"will ask again: {told}")
+            trouble = "" if end is None else "this machine is taken, and has no Ray node to drain"
+        except (*_TROUBLE, RayError, RuntimeError) as error:
+            trouble = f"{type(error).__name__}: {error}"
+        if trouble and trouble != told:
+            told = trouble
+            say(f"will ask again: {trouble}")
         time.sleep(every_s)
 
 

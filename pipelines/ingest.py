@@ -33,7 +33,8 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 16 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
-_CACHE_BYTES = 512 << 20  # of decoded rows that a process keeps, over all sources
+_CACHE_BYTES, _LEAST_CACHE_BYTES = 512 << 20, 64 << 20  # rows kept: in all, and of a source
+_OPEN_SHARDS = 256  # of all sources; a file descriptor each, of which a process may have but 1,024
 # Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
@@ -317,9 +318,9 @@ def _reader(folder: str, path: str, fingerprint: str, source: int, window: int) 
     its blocks, which seldom begin where a row does.
     """
     manifest = _manifest(folder, path, fingerprint)
+    num_sources = len(manifest.sources)
     wanted = 2 * window * np.dtype(manifest.dtype).itemsize + (16 << 20)
-    return TokenReader(
-        manifest,
-        manifest.sources[source].name,
-        cache_rows_bytes=min(wanted, _CACHE_BYTES // len(manifest.sources)),
-    )
+    held = min(wanted, max(_CACHE_BYTES // num_sources, _LEAST_CACHE_BYTES))
+    reader = TokenReader(manifest, manifest.sources[source].name, cache_rows_bytes=held)
+    reader.max_open_shards = max(_OPEN_SHARDS // num_sources, 4)
+    return reader

@@ -178,7 +178,7 @@ class TokenReader:
     Not for use by several threads at once: give each its own.
     """
 
-    max_open_shards = 256  # a footer is asked for again where one was closed; each is some 10 KB
+    max_open_shards = 16  # the footer of one that was closed is read again
 
     def __init__(
         self,

@@ -79,10 +79,10 @@ def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unr
 def _decoded(
     filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
 ) -> Iterator[Text | Unreadable]:
-    """The texts of a file; where reading fails, of a copy of it, from the same text on.
+    """The texts of a file; where reading fails, read once more, from the same text on.
 
-    Whether the file is damaged or the network failed for a moment, the error alone does not tell.
-    A copy that was fetched whole and fails too does.
+    Whether the file is damaged or the storage failed for a moment, the error alone does not tell.
+    Storage that delivers all its bytes, of which a copy (here, the file itself) fails too, does.
     """
     num_given = 0
     try:
@@ -95,8 +95,9 @@ def _decoded(
         if isinstance(error, MemoryError):
             raise
     with tempfile.TemporaryDirectory() as folder:
-        copy = f"{folder}/{os.path.basename(path)}"
-        _fetch(filesystem, path, copy)
+        is_here = isinstance(filesystem, pafs.LocalFileSystem)
+        copy = path if is_here else f"{folder}/{os.path.basename(path)}"
+        _fetch(filesystem, path, os.devnull if is_here else copy)
         try:
             for number, text in enumerate(_texts(pafs.LocalFileSystem(), copy, file, text_field)):
                 if number >= num_given:

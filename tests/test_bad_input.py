@@ -145,7 +145,8 @@ def test_a_field_that_no_model_reads_is_told(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
 ) -> None:
     args = arguments(tmp_path / "runs", None, **prepared(shards))
-    assert main(["run", *args, "--model.config.num_layers=24"]) == 0
+    args += ["--model.config.num_layers=24", "--model.config.rope_theta=5000.0"]
+    assert main(["run", *args]) == 0
     said = capfd.readouterr().out
     assert "model.config.num_layers: llama has no such field; it is ignored" in said
     assert said.count("it is ignored") == 1
@@ -191,6 +192,22 @@ def test_an_altered_shard(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
     shard.write_bytes(bytes(content))
     said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
     assert shard.name in said
+
+
+def test_shards_that_moved_are_found_where_they_are_now(
+    capsys: Capsys, tmp_path: Path, copied: Path
+) -> None:
+    """The run goes on with them, and so does the export, which needs their tokenizer."""
+    runs, moved = tmp_path / "runs", tmp_path / "moved"
+    assert main(["run", *arguments(runs, None, **prepared(copied))]) == 0
+    copied.rename(moved)
+    shutil.rmtree(runs / "bad" / "model")
+    capsys.readouterr()
+    assert main(["export", str(runs / "bad")]) == 1
+    assert "tokenizer is not there; restore that folder" in capsys.readouterr().err
+    assert main(["run", *arguments(runs, None, **prepared(moved))]) == 0
+    assert json.loads((runs / "bad" / "plan.json").read_text())["shards"] == str(moved)
+    assert (runs / "bad" / "model" / "tokenizer.json").exists()
 
 
 def test_shards_of_another_tokenizer(capsys: Capsys, tmp_path: Path, copied: Path) -> None:

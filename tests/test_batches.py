@@ -50,7 +50,7 @@ def test_they_are_spread_over_each_source(tmp_path: Path, manifest: Manifest) ->
     assert np.array_equal(rows, np.stack(expected))
 
 
-def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step_or_than_are_few(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without micro-batches: 5 sequences a step, of which each of two ranks has 3 at most."""

@@ -14,7 +14,9 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
+from ray.exceptions import RpcError
 
+from cluster import notices
 from cluster.local import LocalCluster
 from cluster.notices import ask_aws, ask_azure, ask_gcp, main, which_cloud
 from cluster.targets import Gcs
@@ -98,7 +100,7 @@ def test_each_cloud_is_known_by_who_answers(services: dict[str, Service]) -> Non
     for name, service in services.items():
         assert which_cloud(service.url) == name
     with pytest.raises(RunError, match="no cloud's metadata service answers there"):
-        which_cloud("http://127.0.0.1:9")
+        which_cloud("http://127.0.0.1:9", wait_s=0)
 
 
 def test_aws_tells_when_it_ends(services: dict[str, Service]) -> None:
@@ -137,7 +139,50 @@ def test_a_service_that_fails_is_no_notice(services: dict[str, Service]) -> None
             ask(services[cloud].url)
 
 
-def test_nobody_to_ask_is_one_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_that_is_not_there_yet_is_waited_for(
+    services: dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gcp = services["gcp"]
+    late = gcp.answers.pop(PREEMPTED)
+    monkeypatch.setattr(notices.time, "sleep", lambda _: gcp.answers.update({PREEMPTED: late}))
+    assert which_cloud(gcp.url) == "gcp"
+
+
+def test_azures_events_need_not_answer_for_azure_to_be_known(services: dict[str, Service]) -> None:
+    azure = services["azure"]
+    del azure.answers[EVENTS]
+    assert which_cloud(azure.url, wait_s=0) == "azure"
+
+
+def test_a_notice_is_kept_until_it_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head does not answer, then knows no node of this machine, then rejects, then drains."""
+    answers = iter([RpcError("unavailable"), [], ["n1"], ["n1"]])
+    passed: list[str] = []
+    said: list[str] = []
+
+    def nodes(address: str) -> list[str]:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def give(address: str, node: str, deadline_s: float) -> None:
+        passed.append(node)
+        if len(passed) == 1:
+            raise RuntimeError("the notice is not accepted")
+
+    monkeypatch.setattr(notices, "nodes_here", nodes)
+    monkeypatch.setattr(notices, "give_notice", give)
+    assert notices.watch("head:6379", lambda _: time.time() + 100, "", 0.0, said.append) == 1
+    assert passed == ["n1", "n1"]
+    assert [line.split(":")[0] for line in said] == ["will ask again"] * 3 + ["node n1"]
+    assert "has no Ray node to drain" in said[1]
+
+
+def test_nobody_to_ask_is_one_line_and_a_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(which_cloud, "__defaults__", (0.0,))
     assert main(["--address=127.0.0.1:6379", "--metadata=http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("notices: http://127.0.0.1:9: no cloud's")
 

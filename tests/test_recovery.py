@@ -219,7 +219,11 @@ def first_second(run: Run) -> float:
 
 @pytest.mark.slow
 def test_killed_and_frozen_workers(place: Place, whole: Run) -> None:
-    """In phase one, at the switch, in phase two, each rank; one that hangs says where it was."""
+    """In phase one, at the switch, in phase two, each rank; where a hang was is told.
+
+    Who tells is whose bound comes first: the frozen rank's, or that of one who waits for it. A rank
+    that was frozen as it waited for a checkpoint has a longer one.
+    """
     place.nodes(2)
     run = place.start("killed-and-frozen")
     faults = Faults().fail_at(14, rank=1).fail_at(SWITCH, rank=0).freeze_at(100, rank=1)
@@ -230,7 +234,7 @@ def test_killed_and_frozen_workers(place: Place, whole: Run) -> None:
     assert max(run.repeated()) <= EVERY + 5  # a worker let go on to say where it is may step once
     assert any(event["from_memory"] for event in run.events("attempt"))
     hangs = run.events("hang")
-    assert 1 in {event["rank"] for event in hangs}
+    assert hangs
     assert all("Thread" in (run.folder / event["stacks"]).read_text() for event in hangs)
 
 

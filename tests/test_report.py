@@ -107,7 +107,7 @@ def test_status_does_not_take_a_dead_run_for_one_at_work(
     """A killed driver leaves "running" behind."""
     shutil.copytree(finished.path, tmp_path / "killed")
     run = Storage(str(tmp_path / "killed"))
-    for silent_s, dead in ((5, False), (3600, True)):
+    for silent_s, dead in ((60, False), (3600, True)):
         state = read_state(run) | {
             "status": "running",
             "step": 6,

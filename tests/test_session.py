@@ -116,7 +116,7 @@ def test_a_cluster_that_grows_is_asked_for_the_phase_that_comes_next(
 
 
 def test_a_finished_run_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    Cluster(monkeypatch, 1)
+    Cluster(monkeypatch)  # with a head alone, which has no CPU
     assert capacity(100, "--cluster.wait_s=10") == []
 
 

@@ -152,12 +152,17 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
 
 
 def ignored_fields(section: ModelSection) -> list[str]:
-    """The fields of `model.config` that transformers keeps and no model of that type reads."""
+    """The fields of `model.config` that transformers keeps and no model of that type reads.
+
+    It keeps as it is what it does not know; older spellings (`rope_theta`) it takes up.
+    """
     if not section.config:
         return []
-    default = type(hf_config(section, vocab_size=None, eot_token=None))()
+    made = hf_config(section, vocab_size=None, eot_token=None)
+    default = type(made)()
     known = {*default.to_dict(), *default.attribute_map}
-    return [name for name in section.config if name not in known and not hasattr(default, name)]
+    kept = [name for name in section.config if name in vars(made) and name not in known]
+    return [name for name in kept if not hasattr(default, name)]
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -36,7 +36,7 @@ from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import Phase, Plan, build_plan
-from tst_ray.runstore import LOCK, MANIFEST, PLAN, open_run, read_events
+from tst_ray.runstore import CONFIG, MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import (
     ask_autoscaler,
     check_capacity,
@@ -170,7 +170,7 @@ class Coordinator:
         """Refuse a cluster that the run could not use, and say what it leaves unused."""
         check_capacity(self.config, self.plan, newest_step(run), self.say)
         if run.is_local:
-            check_shared(run.at(LOCK))
+            check_shared(run.at(CONFIG))
         if gpus := unused_gpus(self.config):
             self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
 
@@ -245,11 +245,14 @@ class Coordinator:
         return manifest
 
     def _record_plan(self, run: Storage, manifest: Manifest) -> None:
-        """Write the plan and the manifest, once, before the first step."""
-        if not run.exists(PLAN) or not run.exists(MANIFEST):
+        """Write the plan and the manifest before the first step; later, where the shards moved."""
+        before = run.read_json(PLAN)
+        if before is None or not run.exists(MANIFEST):
             manifest.save(run.location(MANIFEST))
             facts = {"corpus": manifest.fingerprint, "shards": manifest.folder}
             run.write_json(PLAN, {**asdict(self.plan), **facts})
+        elif before["shards"] != manifest.folder:
+            run.write_json(PLAN, {**before, "shards": manifest.folder})
 
     def _train(
         self, run: Storage, feeds: tuple[Feed, ...], phases: tuple[Phase, ...], switched: bool

@@ -145,7 +145,10 @@ def _pick(run: Storage, step: int | None) -> CheckpointInfo:
 
 
 def _copy_tokenizer(source: Storage, target: Path) -> None:
-    for name in source.names():
+    names = source.names()
+    if not names:
+        raise RunError(f"{source.url}: the shards' tokenizer is not there; restore that folder")
+    for name in names:
         (target / name).write_bytes(source.read(name))
 
 

@@ -33,7 +33,7 @@ from tst_ray.storage import Storage
 
 _TABLE_WIDTH = 110
 _QUICK_BYTES = 256 << 20  # a checkpoint so small is read in about a second
-_SILENT_S = 120.0  # run.json is written every few seconds by a run at work
+_SILENT_S = 120.0  # a run that trains writes run.json after each step, or every few seconds
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
 
 
@@ -244,13 +244,15 @@ def status_facts(run: Storage) -> dict[str, Any]:
     step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
     silent_s = time.time() - state["updated"]
-    running = state["status"] == "running" and silent_s < _SILENT_S
+    silent = state["status"] == "running" and silent_s > max(_SILENT_S, 5 * (step_time_s or 0))
+    running = state["status"] == "running" and not silent
     newest = next((c for c in checkpoint_facts(run) if c["state"] == "committed"), None)
     account = Account.from_dict(state.pop("time", None), time.time())
     return {
         "run": run.url,
         **state,
         "last_update_s_ago": round(silent_s, 1),
+        "silent": silent,
         "eta_s": round(left * step_time_s, 1) if running and left and step_time_s else None,
         "newest_checkpoint": newest["step"] if newest else None,
         "newest_checkpoint_checked": newest["checked"] if newest else None,
@@ -279,11 +281,10 @@ def print_status(facts: dict[str, Any]) -> None:
             f"phase {facts['phase'] + 1}, step {facts['step']:,} of {facts['total_steps']:,}, "
             f"{facts['world_size']} worker(s), attempt {facts['attempt']}"
         )
-    silent_s = facts["last_update_s_ago"]
-    if facts["status"] in ("running", "starting") and silent_s >= _SILENT_S:
+    if facts["silent"]:
         say(
-            f"nothing heard of it for {duration(silent_s)}: if its driver is gone, the same "
-            "command resumes it"
+            f"nothing heard of it for {duration(facts['last_update_s_ago'])}: if its driver is "
+            "gone, the same command resumes it"
         )
     if facts["eta_s"] is not None:
         say(f"about {duration(facts['eta_s'])} left")

@@ -58,7 +58,7 @@ def workers_needed(plan: Plan) -> int:
 
 
 def workers_needed_next(plan: Plan, step: int) -> int:
-    """The workers without which a run cannot go on from a step; 0 where it is done."""
+    """The workers without which a run cannot go on from a step; 0 where it is trained."""
     return next((p.min_workers for p in plan.phases if p.last_step > step), 0)
 
 
@@ -162,7 +162,9 @@ def _connected(is_local: bool, options: dict[str, Any]) -> Iterator[Session]:
     try:
         context = ray.init(**options)
     except (ConnectionError, ValueError) as error:  # the second: what is no address at all
-        raise _no_cluster(os.environ.get("RAY_ADDRESS")) from error
+        if is_local:
+            raise
+        raise _no_cluster(os.environ["RAY_ADDRESS"]) from error
     try:
         info = context.address_info
         yield Session(is_local, info["gcs_address"], os.path.join(info["session_dir"], "logs"))
@@ -187,7 +189,7 @@ def _check_address(address: str) -> None:
         raise _no_cluster(address) from error
 
 
-def _no_cluster(address: str | None) -> RunError:
+def _no_cluster(address: str) -> RunError:
     return RunError(
         f"RAY_ADDRESS = {address}: no Ray cluster answers there; start one, or unset it to run on "
         "this machine"
@@ -209,6 +211,8 @@ def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], N
     """
     grows = config.cluster.wait_s > 0
     workers = workers_needed_next(plan, step) if grows else workers_needed(plan)
+    if not workers:
+        return  # what is left to do is a task, which an autoscaler hears of by itself
     deadline = time.monotonic() + config.cluster.wait_s
     said = False
     while (problem := _shortage(config, workers)) is not None:
@@ -231,7 +235,7 @@ def unused_gpus(config: Config) -> int:
 def check_shared(path: str) -> None:
     """Refuse a file of this machine that some other node of the cluster does not see.
 
-    Looked for by a task on every node; a node that does not answer says nothing.
+    Looked for by a task on every node that has CPUs; one that does not answer says nothing.
 
     Raises:
         RunError: with the node and the remedy.
@@ -241,7 +245,11 @@ def check_shared(path: str) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    addresses = {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    }
     looks = {}
     for node_id in addresses.keys() - {here}:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -251,12 +259,12 @@ def check_shared(path: str) -> None:
     for node_id, look in looks.items():
         try:
             seen = ray.get(look, timeout=max(deadline - time.monotonic(), 1.0))
-        except RayTaskError as error:
-            if isinstance(error.cause, ModuleNotFoundError):
-                raise RunError(
-                    f"node {addresses[node_id]}: {error.cause}; install this package on every node"
-                ) from error
-            continue
+        except RayTaskError as error:  # the look itself cannot fail
+            told = str(error).strip().splitlines()[-1][:300]
+            raise RunError(
+                f"node {addresses[node_id]}: this package cannot be imported there ({told}); "
+                "install it on every node"
+            ) from error
         except RayError:  # it is gone, or slow
             continue
         if not seen:

@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.damage import Ballast, damage
@@ -162,8 +163,14 @@ def _ended(run: Storage, since: float) -> bool:
 
 
 def _address_of(run: Storage) -> str | None:
-    """The head of the cluster that a run trains on; None where it does not train."""
+    """The head of the cluster that a run trains on; None where it does not train.
+
+    A Ray that a run started itself wants to see the user's token (Ray keeps it at home), and nobody
+    shows it to an address unasked. One that wants none does not mind it.
+    """
     state = read_state(run)
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     return state.get("ray_address") if state.get("status") == "running" else None
 
 

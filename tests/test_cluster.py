@@ -36,6 +36,15 @@ def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NOTICE_LOSS_SOON = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000}
+OWN_RAY = """
+import ray
+def init(**options):
+    ray.init = started
+    resources = {"spot": 1}
+    context = ray.init("local", num_cpus=1, resources=resources, include_dashboard=False, **options)
+    print(context.address_info["gcs_address"], flush=True)
+ray.init, started = init, ray.init
+"""
 DRIVER = """
 import json, os, sys, time, ray
 ray.init(log_to_driver=False)
@@ -238,6 +247,32 @@ def test_only_the_workers_of_the_run_are_found_and_struck(
 
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.slow
+def test_a_ray_that_a_run_started_is_found_by_the_run(tmp_path: Path) -> None:
+    """Nothing is given but the run directory; Ray asks for a token, as it does of itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN_RAY + DRIVER, "1"], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        ((pid, _),) = json.loads(process.stdout.readline())
+        run = start_run(Storage(str(tmp_path / "run")), 9, pid=process.pid)
+        run.write_json("run.json", {"status": "running", "step": 9, "ray_address": address})
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.chaos", run.path, "--kinds=kill_worker", "--really",
+             "--first-step=1", "--last-step=9"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: not is_running(pid), "the end of the worker")
+    finally:
+        process.terminate()  # Ray ends what it started
+        process.communicate(timeout=PATIENCE_S)
 
 
 LOOK = """

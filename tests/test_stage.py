@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RpcError
 
 from pipelines.manifest import Manifest
 from tests.tiny import make_config, make_corpus, make_job
@@ -55,6 +56,7 @@ class Scripted(Stage):
 
 DIED = GroupFailed("the process of rank 1 died", started=True)
 NO_START = GroupFailed("a node was lost", started=False)
+NO_ROOM = GroupFailed("nothing is free", started=False, no_room=True)
 FINISHED = (6, Ended(8, DONE))
 
 
@@ -208,17 +210,80 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     nodes = [3]
     monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, nodes[0]))
+    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 2)
     monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
     assert stage._one_attempt() == Ended(8, DONE)
     assert tried == [3, 2]
+    (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "no_room"]
+    assert (told["workers"], told["left"]) == (3, 2)
     assert stage._room() == 2
     nodes[0] = 4  # another joined
     assert stage._room() == 4
     nodes[0] = 3
     stage._no_room_until = 0.0  # a while after
     assert stage._room() == 3
+
+
+def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one worker fewer each time: that would take a minute each."""
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 0)  # ours, not free yet
+    stage._ran = 2
+    stage._note_no_room(4)
+    assert stage._room() == 2
+    stage._note_no_room(2)  # nor is there room for those now
+    assert stage._room() == 1
+
+
+def test_a_lack_of_room_is_no_failure(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run waits for nodes as long as it takes, whoever has them meanwhile."""
+    stage = Scripted(tmp_path, manifest, [*[(0, NO_ROOM)] * 9, (0, DIED), FINISHED])
+    stage.train()
+    assert failures(stage) == [1]
+    stage = Scripted(tmp_path / "stopped", manifest, [(0, NO_ROOM), FINISHED])
+    stage.on_attempt = stage.interrupt
+    with pytest.raises(Interrupted):
+        stage.train()
+
+
+def test_of_gpus_only_those_that_nobody_uses_are_grown_into(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 1)
+    assert stage._possible(2) == 4  # on CPUs, what is free says little
+    cluster = stage.config.cluster.model_copy(update={"gpus_per_worker": 1.0})
+    stage.config = stage.config.model_copy(update={"cluster": cluster})
+    assert stage._possible(2) == 3
+
+
+def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+    answers = iter([RpcError("unavailable"), RuntimeError("no GCS"), 3])
+
+    def room(config: Any, most: int) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def asked(config: Any, most: int) -> None:
+        raise RpcError("unavailable")
+
+    monkeypatch.setattr("tst_ray.stage.room_for", room)
+    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", asked)
+    monkeypatch.setattr("tst_ray.storage.time.sleep", lambda seconds: None)
+    assert stage._wait_for_room() == 3
 
 
 def test_what_else_keeps_workers_from_starting_says_nothing_of_room(

@@ -18,6 +18,7 @@ from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import Ranks, committed, folder_name
+from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
 from tst_ray.job import Place
 from tst_ray.journal import Journal, Writer
@@ -42,6 +43,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tuple
     config = make_config(folder, manifest, checkpoint__every=1, checkpoint__keep=100)
     job = make_job(config, manifest)
     return job, run_inline(job)
+
+
+@pytest.mark.parametrize(("every_s", "steps"), [("0.000001", range(1, 9)), ("3600", [8])])
+def test_a_checkpoint_is_due_by_the_clock_too(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, every_s: str, steps: Any
+) -> None:
+    """Where steps are slow, `checkpoint.every` steps may be hours of work."""
+    no_time = property(lambda _: 0.0, lambda _, seconds: None)
+    monkeypatch.setattr(Checkpointer, "save_s", no_time, raising=False)
+    config = make_config(
+        tmp_path,
+        manifest,
+        checkpoint__every=1_000,
+        checkpoint__every_s=every_s,
+        checkpoint__keep=100,
+    )
+    job = make_job(config, manifest)
+    run_inline(job)
+    saved = sorted(info.step for info in committed(Storage(job.run_url) / "checkpoints"))
+    assert saved == list(steps)
 
 
 def final_weights(run: Storage) -> dict[str, torch.Tensor]:

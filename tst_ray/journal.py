@@ -112,7 +112,7 @@ class Journal:
     def __init__(self, run: Storage, plan: Plan, writer: Writer) -> None:
         self.run, self._plan, self._writer = run, plan, writer
         self._hasty = run.hasty()  # the loop waits for it, and there is a next time
-        self.attempt = int(read_state(run).get("attempt", 0)) + 1
+        self.attempt = int(patiently(lambda: read_state(run)).get("attempt", 0)) + 1
         self.account = Account(time.time())
         self._metrics: MetricsLog | None = None
         self._stop: StopRequest | None = None
@@ -133,7 +133,8 @@ class Journal:
         """
         if not self.writes:
             return
-        self.account = Account.from_dict(read_state(self.run).get("time"), time.time())
+        state = patiently(lambda: read_state(self.run))
+        self.account = Account.from_dict(state.get("time"), time.time())
         dropped = drop_after(self.run, step)
         self.account.repeat(sum(record["step_time_s"] for record in dropped))
         self._metrics = MetricsLog(self.run, step, tensorboard_every, config_text)

@@ -1,6 +1,7 @@
 """When a worker saves, and what it waits for: checkpoints in storage, and in the memory of nodes.
 
-    after a step ── is one due? ──> memory (checkpoint.memory_every), storage (checkpoint.every)
+    after a step ── is one due? ──> memory (checkpoint.memory_every), storage (checkpoint.every, or
+                                    every_s, which rank 0 tells the others)
     a stage's end, a request to stop ──> storage, tried again where that fails
     a roll-back ──> what was saved since is removed
 
@@ -36,6 +37,7 @@ class Saving:
     Attributes:
         storage: saves to the run directory.
         memory: saves to the memory of the cluster; None where there is none.
+        wanted: whether all ranks are to save after this step, due or not.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Saving:
         self._job, self._ranks, self._journal, self._watchdog = job, ranks, journal, watchdog
         self._state = state
         self._settings = job.config.checkpoint
+        self.wanted = False
+        self._saved_at = time.monotonic()  # to storage; or where it was loaded, for the first
         self.storage = self._checkpointer(
             Storage(job.run_url), self._settings.keep, self._journal.event
         )
@@ -102,6 +106,13 @@ class Saving:
 
     # -- on ----------------------------------------------------------------------------------------
 
+    def is_overdue(self) -> bool:
+        """Whether the last checkpoint to storage was too long ago; slow storage gets longer."""
+        every_s = self._settings.every_s
+        if every_s is None:
+            return False
+        return time.monotonic() - self._saved_at > max(every_s, 2 * self.storage.save_s)
+
     def if_due(self, step: int, is_suspicious: bool) -> None:
         """Save to memory and to storage, each at its own interval; to storage where a stage ends.
 
@@ -113,7 +124,7 @@ class Saving:
         every = self._settings.memory_every
         if self.memory is not None and every and step % every == 0 and not ends:
             self._save(step, self.memory, is_suspicious)
-        if step % self._settings.every == 0 or ends:
+        if step % self._settings.every == 0 or ends or self.wanted:
             self._save(step, self.storage, is_suspicious)
 
     def now(self, step: int, is_suspicious: bool) -> None:
@@ -144,6 +155,8 @@ class Saving:
         """Start a checkpoint of the state after `step` steps, once the one before is done."""
         started = time.perf_counter()
         self._wait_for(saver, step)
+        if saver is self.storage:
+            self._saved_at = time.monotonic()
         # A committed step is not trained again, so its line must stand.
         written = self._journal.flush()
         self._expect("save" if saver.background else COMMIT, step)

@@ -21,7 +21,7 @@ from tst_ray.config import Config
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
-from tst_ray.timeouts import GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
+from tst_ray.timeouts import GROUP_END_S, GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
@@ -33,6 +33,8 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": WORKER_ANSWER_S,
     # The driver looks for notices of preemption itself (stage.py); this saves a process a group.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
+    # Where one rank fails, the others are in a collective that never ends: waiting gains nothing.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GROUP_END_S,
     # Ray Train's own choice, made here so that all processes of a run have one environment.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": 0,
 }
@@ -331,6 +333,15 @@ def room_for(config: Config, most: int) -> int:
     return workers_that_fit(
         living_nodes(), worker_resources(config), config.cluster.data_cpus, most
     )
+
+
+def free_room(config: Config, most: int) -> int:
+    """As `room_for`, of what nobody uses at this moment."""
+    import ray
+
+    free = ray._private.state.available_resources_per_node()
+    nodes = [Node(node.node_id, free.get(node.node_id, {})) for node in living_nodes()]
+    return workers_that_fit(nodes, worker_resources(config), config.cluster.data_cpus, most)
 
 
 def ask_autoscaler(config: Config, num_workers: int) -> None:

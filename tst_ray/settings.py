@@ -332,7 +332,9 @@ class CheckpointConfig(_Section):
     """Checkpoints: how often, how many."""
 
     every: Count = 500
-    """steps between checkpoints"""
+    """steps between checkpoints, at most"""
+    every_s: float | None = Field(default=900.0, gt=0)
+    """seconds between checkpoints, at most, where steps are slow; null: no matter"""
     keep: Count = 3
     """the newest checkpoints kept"""
     async_: bool = Field(default=True, alias="async")

@@ -12,6 +12,8 @@
     rollback                             the next attempt, from the checkpoint before the trouble
     a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
                                            run ends after `fault.max_failures` without progress
+    no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
+                                           no failure: a run waits for nodes as long as it takes
     interrupt: SIGTERM, or Ctrl-C        the run ends, to be resumed by the same command
     failed_saves                         the run ends, its last good checkpoint intact
 
@@ -28,7 +30,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
@@ -40,16 +42,18 @@ from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, 
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import METRICS, try_event
 from tst_ray.plan import Phase, Plan
-from tst_ray.session import ask_autoscaler, draining_nodes, room_for
+from tst_ray.session import ask_autoscaler, draining_nodes, free_room, room_for
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import NO_ROOM_S
 
 Say = Callable[[str], None]
+Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
+_ASK_AGAIN_S = 30.0
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
 
@@ -72,6 +76,21 @@ def charge(run: Storage, part: str) -> None:
         update_state(run, time=account.to_dict())
     except OSError as error:  # what follows is charged with it
         log.warning("the account of time is late: %s", error)
+
+
+def _steadily(look: Callable[[], Value]) -> Value:
+    """What a question to the cluster gives; the head node, too, may be away for a while."""
+    from ray.exceptions import RayError
+
+    return patiently(look, also=(RayError, RuntimeError))
+
+
+def _hint(config: Config, num_workers: int) -> None:
+    """Ask an autoscaler for workers. Where that fails, nodes may come all the same."""
+    try:
+        ask_autoscaler(config, num_workers)
+    except Exception as error:
+        log.warning("the autoscaler was not asked: %s", error)
 
 
 class Interrupts:
@@ -128,7 +147,8 @@ class Stage:
         self.job, self.say, self._vaults = job, say, vaults
         self.failures = 0
         self._attempts = self._before = 0
-        self._trains = False  # whether the group at work has finished a step
+        self._trains = False  # whether the group at work has finished a step, …
+        self._trains_since = 0.0  # … and when that was seen
         self._interrupts = Interrupts(self._on_interrupt)
         self._asked: str | None = None  # why the group at work was asked to stop
         self._asked_at = 0.0
@@ -137,8 +157,10 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
-        self._no_room_for: int | None = None  # so many workers did not start …
-        self._no_room_until = 0.0  # … and are not tried again before, …
+        self._ran: int | None = None  # how many workers the last group had that started
+        self._no_room_for: int | None = None  # so many workers did not start, …
+        self._room_left = 0  # … and no more than these are tried …
+        self._no_room_until = 0.0  # … before, …
         self._room_then = 0  # … or before nodes have room for more than they had then
         self._trouble = ""  # what the supervisor met last
 
@@ -165,7 +187,10 @@ class Stage:
         try:
             return self._one_attempt()
         except GroupFailed as failure:
-            self._count(failure, before)
+            if failure.no_room:
+                self._heed_interrupt()
+            else:
+                self._count(failure, before)
             return None
 
     def _one_attempt(self) -> Ended:
@@ -188,10 +213,11 @@ class Stage:
             ended: Ended = group.outcome()
         except GroupFailed as failure:
             if failure.no_room:
-                self._no_room_for = world_size
-                self._no_room_until = time.monotonic() + NO_ROOM_S
-                self._room_then = room_for(self.config, self.phases[0].max_workers)
+                self._note_no_room(world_size)
+            elif failure.started:
+                self._ran = world_size
             raise
+        self._ran = world_size
         return ended
 
     def _inline(self) -> Ended:
@@ -290,23 +316,27 @@ class Stage:
     def _wait_for_room(self) -> int:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least, most = self.phases[0].min_workers, self.phases[0].max_workers
-        ask_autoscaler(self.config, most)
-        room = self._room()
+        _hint(self.config, most)
+        room = _steadily(self._room)
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
             try_event(self.run, "waiting", room=room, min_workers=least)
             charge(self.run, "restart")
-            while (room := self._room()) < least:
+            asked_at = time.monotonic()
+            while (room := _steadily(self._room)) < least:
                 if self._interrupts.by is not None:
                     raise self._interrupted()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
+                if time.monotonic() - asked_at > _ASK_AGAIN_S:  # a cluster keeps one request alone,
+                    asked_at = time.monotonic()  # and another run's end takes it back
+                    _hint(self.config, most)
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
         if self._vaults is not None:
-            self._vaults.cover()
+            _steadily(self._vaults.cover)
         return room
 
     def _room(self) -> int:
@@ -318,16 +348,33 @@ class Stage:
         least, most = self.phases[0].min_workers, self.phases[0].max_workers
         room = room_for(self.config, most)
         barred = time.monotonic() < self._no_room_until and room <= self._room_then
-        if self._no_room_for is not None and barred:
-            room = min(room, max(self._no_room_for - 1, least))
-        return room
+        return min(room, max(self._room_left, least)) if barred else room
+
+    def _note_no_room(self, world_size: int) -> None:
+        """So many workers were not given a place: others use the nodes. Say so, and try fewer.
+
+        As many as ran before, where those were fewer; else as many as nobody uses the places of.
+        """
+        most = self.phases[0].max_workers
+        if self._ran is not None and self._ran < world_size:
+            self._room_left = self._ran
+        else:
+            self._room_left = min(_steadily(lambda: free_room(self.config, most)), world_size - 1)
+        self._no_room_until = time.monotonic() + NO_ROOM_S
+        self._room_then = _steadily(lambda: room_for(self.config, most))
+        charge(self.run, "waiting_for_nodes")
+        if world_size != self._no_room_for:
+            self._no_room_for = world_size
+            try_event(self.run, "no_room", workers=world_size, left=self._room_left)
+            self.say(f"others use the nodes: no room for {world_size} workers; trying again")
 
     # -- supervision -------------------------------------------------------------------------------
 
     def _supervise(self, world_size: int, started: float) -> None:
         """One look at a group at work, and a request to stop where there is reason."""
         if not self._trains and self._steps_of_group():
-            self._trains, self._start_s = True, time.monotonic() - started
+            self._trains, self._trains_since = True, time.monotonic()
+            self._start_s = self._trains_since - started
         if self._asked is not None:
             return
         if self._interrupts.by is not None:
@@ -340,7 +387,7 @@ class Stage:
             self._looked_at = time.monotonic()
             if self._vaults is not None:
                 self._vaults.cover()
-            if self._should_grow(world_size, started):
+            if self._should_grow(world_size):
                 self._ask(GROW)
 
     def _steps_of_group(self) -> int:
@@ -358,9 +405,19 @@ class Stage:
         request_stop(self.run, reason)
         self._asked, self._asked_at = reason, time.monotonic()
 
-    def _should_grow(self, world_size: int, started: float) -> bool:
-        """Whether more workers would fit, and stopping for them pays."""
+    def _possible(self, world_size: int) -> int:
+        """How many workers there could be instead of these.
+
+        Of GPUs, those that nobody uses count; CPUs are Ray Data's one moment, and free the next.
+        """
         room = self._room()
+        if self.config.cluster.gpus_per_worker and room > world_size:
+            room = min(room, world_size + free_room(self.config, room))
+        return room
+
+    def _should_grow(self, world_size: int) -> bool:
+        """Whether more workers would fit, and stopping for them pays."""
+        room = self._possible(world_size)
         records = self._records_now(world_size)
         if room <= world_size or len(records) < 3:
             return False
@@ -375,7 +432,7 @@ class Stage:
             measured=self._measured,
             steps_left=self.job.last_step - step,
             restart_s=self._restart_s or self._start_s,
-            since_resize_s=time.monotonic() - max(self._resized_at, started),
+            since_resize_s=time.monotonic() - max(self._resized_at, self._trains_since),
         )
         cluster = self.config.cluster
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)

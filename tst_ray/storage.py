@@ -302,21 +302,29 @@ class Storage:
             ) from error
 
 
-def patiently(action: Callable[[], Value], patience_s: float = STORAGE_S) -> Value:
+def patiently(
+    action: Callable[[], Value],
+    patience_s: float = STORAGE_S,
+    also: tuple[type[Exception], ...] = (),
+) -> Value:
     """What `action` returns; while storage does not let it, it is tried again.
 
     For what a run cannot do without, and may not guess. What is missing is no reason to wait.
 
+    Args:
+        also: what else, beside OSError, may be over soon.
+
     Raises:
-        OSError: the last one, once `patience_s` seconds are over.
+        OSError: the last one (or one of `also`), once `patience_s` seconds are over.
     """
     deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
+    passing: tuple[type[Exception], ...] = (OSError, *also)
     while True:
         try:
             return action()
         except FileNotFoundError:
             raise
-        except OSError as error:
+        except passing as error:
             if time.monotonic() + pause_s > deadline:
                 raise
             log.warning("trying again in %.1f s: %s", pause_s, error)

@@ -18,7 +18,9 @@ to say, and the outer ones only catch what it cannot:
                                               fault.start_s at
                                               least
     a worker told to end by its watchdog    ABORT_GRACE_S        it is killed (SIGKILL)
-    the processes of a group, to start      GROUP_START_S        the nodes are counted again, and
+    the ranks of a failed group, to leave   GROUP_END_S          they are killed
+      their collectives
+    the places of a group, to be given      GROUP_START_S        the nodes are counted again, and
                                                                    so many workers not tried again
                                                                    for NO_ROOM_S, where fewer do
     storage to answer, where a run cannot   STORAGE_S            an error: of a worker, the attempt
@@ -38,6 +40,7 @@ from collections import deque
 STOP_POLL_S = 0.5
 GROUP_POLL_S = 0.25  # Ray Train's default is 2; each poll is one small call a worker
 ABORT_GRACE_S = 5.0
+GROUP_END_S = 5
 GROUP_START_S = 60.0
 STORAGE_S = 300.0
 NO_ROOM_S = 600.0

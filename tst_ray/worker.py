@@ -42,6 +42,7 @@ from tst_ray.timeouts import Bounds
 from tst_ray.watchdog import Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
+_SAVE = len(STOPS) + 1  # among what ranks may want: a checkpoint, and then to go on
 
 
 def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
@@ -163,7 +164,8 @@ class Trainer:
             norm_tensor = clip_grad_norm(self.model, self.config.train.clip_norm)
 
         *sums, wish, norm = self.all_sum(losses, [*lanes.tolist(), self._wish()], [norm_tensor])
-        self.stop_reason = STOPS[int(wish) - 1] if wish else None
+        self.stop_reason = STOPS[int(wish) - 1] if 0 < wish < _SAVE else None
+        self.saving.wanted = wish == _SAVE
         mark: str | None = PASSED_OVER
         if not passed_over:
             mark = self.guard.observe(step, sums[0], norm)
@@ -235,12 +237,14 @@ class Trainer:
         return list(torch.cat([packed, *(value.double().view(1) for value in alike)]).tolist())
 
     def _wish(self) -> int:
-        """What this rank wants all to do after the step: a place in `STOPS`, from 1; 0 nothing."""
+        """What this rank wants all to do after the step: a place in `STOPS`, from 1, or `_SAVE`."""
         if self.place.rank == 0:
             if self.saving.failed >= self.config.fault.max_failed_saves:
                 return STOPS.index(FAILED_SAVES) + 1
             if reason := self.journal.stop_reason():
                 return STOPS.index(reason) + 1
+            if self.saving.is_overdue():
+                return _SAVE
         return 0
 
     def expect(self, kind: str, step: int) -> None:

@@ -12,7 +12,7 @@ LIST = """
     errors settings checks config timeouts goodput plan storage corpus superposition architecture
     model optim checkpoint sharded checkpointer guard metrics watchdog journal job batches speed
     saving worker elastic
-    forkclient forkserver session runstore memory group stage display export coordinator report
+    forkclient forkserver session runstore memory group room stage display export coordinator report
     bench cli run
 """
 ORDER = LIST.split()

@@ -17,6 +17,7 @@ from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
+from tst_ray.room import Room
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
 
@@ -183,8 +184,8 @@ def test_what_keeps_the_supervisor_from_its_work_does_not_end_the_group(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.stage.draining_nodes", down)
-    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
-    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     assert stage._one_attempt() == Ended(8, DONE)
 
 
@@ -209,21 +210,21 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     nodes = [3]
-    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, nodes[0]))
-    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 2)
-    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: min(most, nodes[0]))
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 2)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
     assert stage._one_attempt() == Ended(8, DONE)
     assert tried == [3, 2]
     (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "no_room"]
     assert (told["workers"], told["left"]) == (3, 2)
-    assert stage._room() == 2
+    assert stage.room.now() == 2
     nodes[0] = 4  # another joined
-    assert stage._room() == 4
+    assert stage.room.now() == 4
     nodes[0] = 3
-    stage._no_room_until = 0.0  # a while after
-    assert stage._room() == 3
+    stage.room._until = 0.0  # a while after
+    assert stage.room.now() == 3
 
 
 def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
@@ -231,13 +232,13 @@ def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
 ) -> None:
     """Not one worker fewer each time: that would take a minute each."""
     stage = Supervised(tmp_path, manifest, "[1, 4]")
-    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
-    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 0)  # ours, not free yet
-    stage._ran = 2
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 0)  # ours, not free yet
+    stage.room.ran(2)
     stage._note_no_room(4)
-    assert stage._room() == 2
+    assert stage.room.now() == 2
     stage._note_no_room(2)  # nor is there room for those now
-    assert stage._room() == 1
+    assert stage.room.now() == 1
 
 
 def test_a_lack_of_room_is_no_failure(
@@ -257,12 +258,12 @@ def test_of_gpus_only_those_that_nobody_uses_are_grown_into(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Supervised(tmp_path, manifest, "[1, 4]")
-    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: most)
-    monkeypatch.setattr("tst_ray.stage.free_room", lambda config, most: 1)
-    assert stage._possible(2) == 4  # on CPUs, what is free says little
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 1)
+    assert stage.room.possible(2) == 4  # on CPUs, what is free says little
     cluster = stage.config.cluster.model_copy(update={"gpus_per_worker": 1.0})
-    stage.config = stage.config.model_copy(update={"cluster": cluster})
-    assert stage._possible(2) == 3
+    on_gpus = Room(stage.config.model_copy(update={"cluster": cluster}), 1, 4)
+    assert on_gpus.possible(2) == 3
 
 
 def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
@@ -280,8 +281,8 @@ def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
     def asked(config: Any, most: int) -> None:
         raise RpcError("unavailable")
 
-    monkeypatch.setattr("tst_ray.stage.room_for", room)
-    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", asked)
+    monkeypatch.setattr("tst_ray.room.room_for", room)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", asked)
     monkeypatch.setattr("tst_ray.storage.time.sleep", lambda seconds: None)
     assert stage._wait_for_room() == 3
 
@@ -300,8 +301,8 @@ def test_what_else_keeps_workers_from_starting_says_nothing_of_room(
             raise NO_START
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
-    monkeypatch.setattr("tst_ray.stage.room_for", lambda config, most: min(most, 4))
-    monkeypatch.setattr("tst_ray.stage.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: min(most, 4))
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
-    assert stage._room() == 4
+    assert stage.room.now() == 4

@@ -30,7 +30,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
@@ -42,12 +42,11 @@ from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, 
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import METRICS, try_event
 from tst_ray.plan import Phase, Plan
-from tst_ray.session import ask_autoscaler, draining_nodes, free_room, room_for
+from tst_ray.room import Room, steadily
+from tst_ray.session import draining_nodes
 from tst_ray.storage import Storage, patiently
-from tst_ray.timeouts import NO_ROOM_S
 
 Say = Callable[[str], None]
-Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +75,6 @@ def charge(run: Storage, part: str) -> None:
         update_state(run, time=account.to_dict())
     except OSError as error:  # what follows is charged with it
         log.warning("the account of time is late: %s", error)
-
-
-def _steadily(look: Callable[[], Value]) -> Value:
-    """What a question to the cluster gives; the head node, too, may be away for a while."""
-    from ray.exceptions import RayError
-
-    return patiently(look, also=(RayError, RuntimeError))
-
-
-def _hint(config: Config, num_workers: int) -> None:
-    """Ask an autoscaler for workers. Where that fails, nodes may come all the same."""
-    try:
-        ask_autoscaler(config, num_workers)
-    except Exception as error:
-        log.warning("the autoscaler was not asked: %s", error)
 
 
 class Interrupts:
@@ -157,11 +141,7 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
-        self._ran: int | None = None  # how many workers the last group had that started
-        self._no_room_for: int | None = None  # so many workers did not start, …
-        self._room_left = 0  # … and no more than these are tried …
-        self._no_room_until = 0.0  # … before, …
-        self._room_then = 0  # … or before nodes have room for more than they had then
+        self.room = Room(config, phases[0].min_workers, phases[0].max_workers)
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
@@ -215,9 +195,9 @@ class Stage:
             if failure.no_room:
                 self._note_no_room(world_size)
             elif failure.started:
-                self._ran = world_size
+                self.room.ran(world_size)
             raise
-        self._ran = world_size
+        self.room.ran(world_size)
         return ended
 
     def _inline(self) -> Ended:
@@ -315,57 +295,36 @@ class Stage:
 
     def _wait_for_room(self) -> int:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
-        least, most = self.phases[0].min_workers, self.phases[0].max_workers
-        _hint(self.config, most)
-        room = _steadily(self._room)
+        least = self.room.least
+        self.room.ask()
+        room = steadily(self.room.now)
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
             try_event(self.run, "waiting", room=room, min_workers=least)
             charge(self.run, "restart")
             asked_at = time.monotonic()
-            while (room := _steadily(self._room)) < least:
+            while (room := steadily(self.room.now)) < least:
                 if self._interrupts.by is not None:
                     raise self._interrupted()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
                 if time.monotonic() - asked_at > _ASK_AGAIN_S:  # a cluster keeps one request alone,
                     asked_at = time.monotonic()  # and another run's end takes it back
-                    _hint(self.config, most)
+                    self.room.ask()
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
         if self._vaults is not None:
-            _steadily(self._vaults.cover)
+            steadily(self._vaults.cover)
         return room
 
-    def _room(self) -> int:
-        """How many workers to start, of those allowed.
-
-        What nodes have says nothing of what others use of it: a number that did not start is not
-        tried again for a while, where a smaller one is allowed.
-        """
-        least, most = self.phases[0].min_workers, self.phases[0].max_workers
-        room = room_for(self.config, most)
-        barred = time.monotonic() < self._no_room_until and room <= self._room_then
-        return min(room, max(self._room_left, least)) if barred else room
-
     def _note_no_room(self, world_size: int) -> None:
-        """So many workers were not given a place: others use the nodes. Say so, and try fewer.
-
-        As many as ran before, where those were fewer; else as many as nobody uses the places of.
-        """
-        most = self.phases[0].max_workers
-        if self._ran is not None and self._ran < world_size:
-            self._room_left = self._ran
-        else:
-            self._room_left = min(_steadily(lambda: free_room(self.config, most)), world_size - 1)
-        self._no_room_until = time.monotonic() + NO_ROOM_S
-        self._room_then = _steadily(lambda: room_for(self.config, most))
+        """So many workers were not given a place; the next attempt is with fewer, or waits."""
+        is_news = self.room.lacked(world_size)
         charge(self.run, "waiting_for_nodes")
-        if world_size != self._no_room_for:
-            self._no_room_for = world_size
-            try_event(self.run, "no_room", workers=world_size, left=self._room_left)
+        if is_news:
+            try_event(self.run, "no_room", workers=world_size, left=self.room.left)
             self.say(f"others use the nodes: no room for {world_size} workers; trying again")
 
     # -- supervision -------------------------------------------------------------------------------
@@ -405,19 +364,9 @@ class Stage:
         request_stop(self.run, reason)
         self._asked, self._asked_at = reason, time.monotonic()
 
-    def _possible(self, world_size: int) -> int:
-        """How many workers there could be instead of these.
-
-        Of GPUs, those that nobody uses count; CPUs are Ray Data's one moment, and free the next.
-        """
-        room = self._room()
-        if self.config.cluster.gpus_per_worker and room > world_size:
-            room = min(room, world_size + free_room(self.config, room))
-        return room
-
     def _should_grow(self, world_size: int) -> bool:
         """Whether more workers would fit, and stopping for them pays."""
-        room = self._possible(world_size)
+        room = self.room.possible(world_size)
         records = self._records_now(world_size)
         if room <= world_size or len(records) < 3:
             return False

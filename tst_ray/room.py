@@ -1,0 +1,95 @@
+"""How many workers a stage may have now: what the nodes hold, and what others leave of it.
+
+    Room ── now ──> as many as fit ── lacked ──> fewer for a while, where nobody gave them a place
+         └─ possible ──> instead of those that train
+
+What nodes have says nothing of what others use of it: that only shows when workers are not given a
+place. The cluster is asked through the head node, which may be away for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tst_ray.config import Config
+from tst_ray.session import ask_autoscaler, free_room, room_for
+from tst_ray.storage import patiently
+from tst_ray.timeouts import NO_ROOM_S
+
+Value = TypeVar("Value")
+
+log = logging.getLogger(__name__)
+
+
+def steadily(look: Callable[[], Value]) -> Value:
+    """What a question to the cluster gives; it is asked again while the head node is away."""
+    from ray.exceptions import RayError
+
+    return patiently(look, also=(RayError, RuntimeError))
+
+
+class Room:
+    """The room for one stage's workers.
+
+    Args:
+        config: the run's.
+        least, most: how many workers the stage may have.
+
+    Attributes:
+        lacked_for: how many workers were last not given a place; None where none ever.
+        left: how many are tried instead, for a while.
+    """
+
+    def __init__(self, config: Config, least: int, most: int) -> None:
+        self._config, self.least, self.most = config, least, most
+        self.lacked_for: int | None = None
+        self.left = 0
+        self._until = 0.0  # when more are tried again, …
+        self._then = 0  # … or once nodes have room for more than they had then
+        self._ran: int | None = None  # how many workers the last group had that started
+
+    def now(self) -> int:
+        """How many workers to start, of those allowed; fewer than `least`: wait for nodes."""
+        room = room_for(self._config, self.most)
+        barred = time.monotonic() < self._until and room <= self._then
+        return min(room, max(self.left, self.least)) if barred else room
+
+    def possible(self, world_size: int) -> int:
+        """How many workers there could be instead of those that train.
+
+        Of GPUs, those that nobody uses count; CPUs are Ray Data's one moment, and free the next.
+        """
+        room = self.now()
+        if self._config.cluster.gpus_per_worker and room > world_size:
+            room = min(room, world_size + free_room(self._config, room))
+        return room
+
+    def ran(self, world_size: int) -> None:
+        """Note that so many workers were given a place."""
+        self._ran = world_size
+
+    def lacked(self, world_size: int) -> bool:
+        """Note that so many were not: others use the nodes. Whether that was not known.
+
+        As many as ran before are tried next, where those were fewer; else as many as nobody uses
+        the places of.
+        """
+        if self._ran is not None and self._ran < world_size:
+            self.left = self._ran
+        else:
+            free = steadily(lambda: free_room(self._config, self.most))
+            self.left = min(free, world_size - 1)
+        self._until = time.monotonic() + NO_ROOM_S
+        self._then = steadily(lambda: room_for(self._config, self.most))
+        is_news, self.lacked_for = world_size != self.lacked_for, world_size
+        return is_news
+
+    def ask(self) -> None:
+        """Ask an autoscaler for as many workers as there may be; it may not hear, or be none."""
+        try:
+            ask_autoscaler(self._config, self.most)
+        except Exception as error:
+            log.warning("the autoscaler was not asked: %s", error)

@@ -20,7 +20,7 @@ import importlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,12 +35,13 @@ from tst_ray.group import one_line
 from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
-from tst_ray.plan import Phase, Plan, build_plan
+from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_bytes
 from tst_ray.runstore import CONFIG, MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import (
     ask_autoscaler,
     check_capacity,
     check_shared,
+    object_stores,
     ray_session,
     unused_gpus,
 )
@@ -183,17 +184,21 @@ class Coordinator:
         from tst_ray.memory import Vaults
 
         # A key of this driver's own: what another one left in memory is not to be trusted.
-        self.vaults = Vaults(f"{self.config.run.name}-{uuid.uuid4().hex[:8]}")
+        self.vaults = vaults = Vaults(f"{self.config.run.name}-{uuid.uuid4().hex[:8]}")
         try:
             yield
         finally:
-            self.vaults.close()
+            vaults.close()
 
     def _drive(self, run: Storage, backend: str) -> Outcome:
-        for remark in _call(backend, check_model, self.config, self.plan, None):
+        remarks, _ = _call(backend, check_model, self.config, self.plan, None)
+        for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        _call(backend, check_model, self.config, self.plan, manifest)
+        _, shape = _call(backend, check_model, self.config, self.plan, manifest)
+        if self.vaults is not None and (problem := memory_problem(shape, object_stores())):
+            self.say(problem)
+            self.vaults = None
         self._enter(State.PLAN)
         self._charge(run, "restart" if newest_step(run) else "startup")
         order = build_order(self.config, self.plan, manifest)
@@ -305,7 +310,25 @@ class Coordinator:
         self.state = state
 
 
-def check_model(config: Config, plan: Plan, manifest: Manifest | None) -> list[str]:
+def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
+    """Why checkpoints are not kept in memory; None where they take half of it at the most.
+
+    Args:
+        stores: bytes of each node's object store, which Ray Data needs, too. What it has no room
+            for goes to its node's disk, in silence, and may fill it.
+    """
+    needed, there = memory_checkpoint_bytes(shape, len(stores)), sum(stores)
+    if needed <= there / 2:
+        return None
+    return (
+        f"no checkpoints in memory: they would take {needed / 2**30:,.1f} GiB of the nodes' object "
+        f"stores, which have {there / 2**30:,.1f}; a restart reads run.storage"
+    )
+
+
+def check_model(
+    config: Config, plan: Plan, manifest: Manifest | None
+) -> tuple[list[str], ModelShape]:
     """Refuse, before workers start, a model that cannot be trained or does not fit the text.
 
     It needs torch and transformers, which this process can do without.
@@ -314,12 +337,12 @@ def check_model(config: Config, plan: Plan, manifest: Manifest | None) -> list[s
         manifest: the text's; None before it is there, for all that the model alone tells.
 
     Returns:
-        remarks for the user.
+        remarks for the user, and the model's shape.
 
     Raises:
         ConfigError: with the reason.
     """
-    from tst_ray.architecture import check_supported, hf_config, ignored_fields
+    from tst_ray.architecture import check_supported, describe, hf_config, ignored_fields
 
     model = hf_config(
         config.model,
@@ -328,10 +351,11 @@ def check_model(config: Config, plan: Plan, manifest: Manifest | None) -> list[s
     )
     longest = max(phase.latent_length for phase in plan.phases)
     check_supported(model, latent_length=longest)
-    return [
+    remarks = [
         f"model.config.{name}: {model.model_type} has no such field; it is ignored"
         for name in ignored_fields(config.model)
     ]
+    return remarks, describe(model)
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

@@ -311,6 +311,18 @@ def memory_per_worker(
     return memory | {"total": sum(memory.values())}
 
 
+MEMORY_KEEP = 2
+"""Checkpoints that are kept in the memory of nodes, beside one on its way."""
+
+
+def memory_checkpoint_bytes(shape: ModelShape, num_nodes: int) -> int:
+    """Bytes that checkpoints in memory take in the object stores of all nodes together.
+
+    Each is the weights and AdamW's two moments in float32, on two nodes where there are two.
+    """
+    return 12 * shape.parameters * (MEMORY_KEEP + 1) * min(num_nodes, 2)
+
+
 def _logits(shape: ModelShape, positions: int) -> int:
     """Bytes of float32 logits and as much for their gradient, at most a chunk or a small batch."""
     return 2 * min(4 * positions * shape.vocab_size, WHOLE_LOGITS_BYTES)

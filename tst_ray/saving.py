@@ -19,11 +19,11 @@ from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forg
 from tst_ray.checkpointer import Checkpointer
 from tst_ray.job import Job
 from tst_ray.journal import Journal
+from tst_ray.plan import MEMORY_KEEP
 from tst_ray.storage import Storage
 from tst_ray.timeouts import COMMIT
 from tst_ray.watchdog import Watchdog
 
-_MEMORY_KEEP = 2
 _AGAIN_S = 2.0  # what keeps storage from taking a checkpoint may pass
 
 
@@ -59,7 +59,7 @@ class Saving:
         self.memory: Checkpointer | None = None
         if job.memory_url is not None:
             self.memory = self._checkpointer(
-                Storage(job.memory_url), _MEMORY_KEEP, self._memory_event
+                Storage(job.memory_url), MEMORY_KEEP, self._memory_event
             )
 
     def _checkpointer(

@@ -317,6 +317,11 @@ def living_nodes() -> list[Node]:
     ]
 
 
+def object_stores() -> list[float]:
+    """The bytes of each living node's object store."""
+    return [node.resources.get("object_store_memory", 0.0) for node in living_nodes()]
+
+
 def draining_nodes() -> set[str]:
     """Nodes with a notice that they will be taken away (a spot reclaim, an idle autoscaler's).
 

@@ -96,7 +96,10 @@ def _chaos(args: argparse.Namespace) -> None:
     last = _total_steps(run) if args.last_step is None else args.last_step
     faults = schedule(args.seed, args.faults, first, last, args.kinds)
     strikes_cluster = bool(set(args.kinds) & set(CLUSTER_KINDS))
-    address = args.address or (_address_of(run) if strikes_cluster else None)
+    address = args.address
+    if strikes_cluster and not address:
+        address = _address_of(run)
+        _show_token()
     if args.really and not address and strikes_cluster:
         raise ConfigError(
             f"{', '.join(args.kinds)}: need a cluster; give its --address, or set RAY_ADDRESS"
@@ -163,15 +166,18 @@ def _ended(run: Storage, since: float) -> bool:
 
 
 def _address_of(run: Storage) -> str | None:
-    """The head of the cluster that a run trains on; None where it does not train.
-
-    A Ray that a run started itself wants to see the user's token (Ray keeps it at home), and nobody
-    shows it to an address unasked. One that wants none does not mind it.
-    """
+    """The head of the cluster that a run trains on; None where it does not train."""
     state = read_state(run)
+    return state.get("ray_address") if state.get("status") == "running" else None
+
+
+def _show_token() -> None:
+    """Let this process show the user's token: a Ray that a run started itself asks for it.
+
+    Ray keeps it at home, and shows it to no address unasked. A Ray that asks for none takes it.
+    """
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    return state.get("ray_address") if state.get("status") == "running" else None
 
 
 def _total_steps(run: Storage) -> int:

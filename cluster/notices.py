@@ -81,9 +81,9 @@ def ask_azure(metadata: str) -> float | None:
     ends = [event["NotBefore"] for event in preempted if name in event["Resources"]]
     if not ends:
         return None
-    started = "" in ends  # the time is left out once it has come
-    soonest = time.time() if started else min(parsedate_to_datetime(e).timestamp() for e in ends)
-    return soonest
+    if "" in ends:  # it has begun
+        return time.time()
+    return min(parsedate_to_datetime(end).timestamp() for end in ends)
 
 
 def _azure_name(metadata: str) -> str:

@@ -91,9 +91,10 @@ def _decoded(
                 yield text
                 num_given += 1
         return
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, MemoryError):
-            raise
+    except MemoryError:  # Arrow's is one of its exceptions, too
+        raise
+    except (OSError, pa.ArrowException):
+        pass
     with tempfile.TemporaryDirectory() as folder:
         is_here = isinstance(filesystem, pafs.LocalFileSystem)
         copy = path if is_here else f"{folder}/{os.path.basename(path)}"
@@ -102,9 +103,9 @@ def _decoded(
             for number, text in enumerate(_texts(pafs.LocalFileSystem(), copy, file, text_field)):
                 if number >= num_given:
                     yield text
+        except MemoryError:
+            raise
         except (OSError, pa.ArrowException) as error:
-            if isinstance(error, MemoryError):
-                raise
             yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines import ingest
 from pipelines.bagging import BaggingPreprocessor
 from pipelines.bags import fold_bags
 from pipelines.errors import DataError
@@ -233,6 +234,20 @@ def test_a_block_is_as_large_as_its_tokens_take() -> None:
         one_more = (last - first + 1) * feed.rows_per_rank(1) * feed.row_bytes
         assert one_more > _BLOCK_BYTES >= one_more - feed.rows_per_rank(1) * feed.row_bytes
     assert steps["uint16"] == pytest.approx(2 * steps["uint32"], abs=1)
+
+
+def test_readers_of_a_process_hold_a_window_each_and_few_files_together(
+    manifest: Manifest,
+) -> None:
+    """Of a process's 1,024 files, and of its memory, not all are for reading."""
+    window, path = 1 << 24, f"{manifest.folder}/manifest.json"
+    readers = [
+        ingest._reader(manifest.folder, path, manifest.fingerprint, source, window)
+        for source in range(len(manifest.sources))
+    ]
+    assert all(reader.cache_rows_bytes >= 2 * window * 2 for reader in readers)  # uint16
+    assert sum(reader.cache_rows_bytes for reader in readers) <= 512 << 20
+    assert sum(reader.max_open_shards for reader in readers) <= 256
 
 
 def test_bagging_is_a_ray_data_preprocessor() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tst_ray import session
@@ -70,8 +72,8 @@ class Cluster:
         self.nodes, self.coming, self.asked, self.now = nodes(*cpus), nodes(), [], 0.0
         monkeypatch.setattr(session, "living_nodes", lambda: self.nodes)
         monkeypatch.setattr(session, "ask_autoscaler", self._ask)
-        monkeypatch.setattr(session.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(session.time, "sleep", self._sleep)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep)
+        monkeypatch.setattr(session, "time", clock)
 
     def _ask(self, config: Config, num_workers: int) -> None:
         self.asked.append(num_workers)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -150,10 +152,11 @@ def test_an_interrupt_before_an_attempt_is_not_forgotten(
 class Supervised(Stage):
     """A real stage over groups that do as a script says."""
 
-    def __init__(self, folder: Path, manifest: Manifest, workers: str) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, workers: str, **overrides: Any) -> None:
         config = make_config(
             folder,
             manifest,
+            **overrides,
             cluster__backend="ray",
             tst__workers=workers,
             cluster__workers=workers,
@@ -264,6 +267,27 @@ def test_of_gpus_only_those_that_nobody_uses_are_grown_into(
     cluster = stage.config.cluster.model_copy(update={"gpus_per_worker": 1.0})
     on_gpus = Room(stage.config.model_copy(update={"cluster": cluster}), 1, 4)
     assert on_gpus.possible(2) == 3
+
+
+def test_a_group_settles_from_its_first_step_on(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading and compiling for minutes is no time in which it has trained."""
+    stage = Supervised(tmp_path, manifest, "[1, 4]", cluster__growth_gain=0)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.stage.draining_nodes", set)
+    update_state(stage.run, attempt=1, attempt_from=0, step=3)
+    for step in (1, 2, 3):
+        record = {"step": step, "attempt": 1, "world_size": 1, "step_time_s": 1.0}
+        stage.run.append("metrics.jsonl", json.dumps(record) + "\n")
+    long_ago = time.monotonic() - 10_000
+    stage._resized_at = long_ago
+    stage._supervise(1, started=long_ago)
+    assert stage._asked is None
+    stage._trains_since -= 61
+    stage._looked_at = long_ago
+    stage._supervise(1, started=long_ago)
+    assert stage._asked == GROW
 
 
 def test_a_head_node_that_is_away_between_two_groups_is_waited_for(

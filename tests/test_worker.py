@@ -16,6 +16,7 @@ from pipelines.ingest import FILLER, BatchMismatch, read_inline
 from pipelines.shards import Manifest
 from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
+from tst_ray import journal
 from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import Ranks, committed, folder_name
 from tst_ray.checkpointer import Checkpointer
@@ -63,6 +64,23 @@ def test_a_checkpoint_is_due_by_the_clock_too(
     run_inline(job)
     saved = sorted(info.step for info in committed(Storage(job.run_url) / "checkpoints"))
     assert saved == list(steps)
+
+
+def test_an_attempt_waits_for_storage_to_say_which_it_is(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first look that failed would be a failed attempt, of which a run has but a few."""
+    truly, looks = journal.read_state, []
+
+    def hiccups(run: Storage) -> dict[str, Any]:
+        looks.append(run)
+        if len(looks) == 1:
+            raise OSError("stale file handle")
+        return truly(run)
+
+    monkeypatch.setattr(journal, "read_state", hiccups)
+    job = make_job(make_config(tmp_path, manifest), manifest)
+    assert len(run_inline(job)) == 8
 
 
 def final_weights(run: Storage) -> dict[str, torch.Tensor]:

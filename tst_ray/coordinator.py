@@ -89,7 +89,7 @@ def prepare_only(config: Config, say: Say) -> Manifest:
     """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
-    build_plan(config)
+    build_plan(config)  # what could never be trained is not tokenized either
     with ray_session(config, None):
         return prepare_corpus(config, "ray", say)
 

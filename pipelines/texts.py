@@ -91,8 +91,6 @@ def _decoded(
                 yield text
                 num_given += 1
         return
-    except MemoryError:  # Arrow's is one of its exceptions, too
-        raise
     except (OSError, pa.ArrowException):
         pass
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +101,7 @@ def _decoded(
             for number, text in enumerate(_texts(pafs.LocalFileSystem(), copy, file, text_field)):
                 if number >= num_given:
                     yield text
-        except MemoryError:
+        except MemoryError:  # Arrow's is one of its exceptions, too
             raise
         except (OSError, pa.ArrowException) as error:
             yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")

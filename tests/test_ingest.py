@@ -245,7 +245,7 @@ def test_readers_of_a_process_hold_a_window_each_and_few_files_together(
         ingest._reader(manifest.folder, path, manifest.fingerprint, source, window)
         for source in range(len(manifest.sources))
     ]
-    assert all(reader.cache_rows_bytes >= 2 * window * 2 for reader in readers)  # uint16
+    assert all(reader.cache_rows_bytes > 2 * window * 2 for reader in readers)  # uint16
     assert sum(reader.cache_rows_bytes for reader in readers) <= 512 << 20
     assert sum(reader.max_open_shards for reader in readers) <= 256
 

@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,14 +138,19 @@ def process(rank: int, folder: str) -> None:
 def facts(rank: int) -> dict[str, Any]:
     """What is true of a sharded model on every rank; asserted here, on each."""
     model = build_model(tiny(**CONFIGS["tied"]), seed=3)
-    assert isinstance(model, FSDPModule)
-    tables = (model.hf_model.get_input_embeddings(), model.hf_model.get_output_embeddings())
-    assert tables[0].weight is tables[1].weight
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    bare = build_model(tiny(**CONFIGS["tied"]), seed=3, weights=False)
     alone = build_model(tiny(**CONFIGS["tied"]), seed=3, sharded=False)
     assert not isinstance(alone, FSDPModule)
-    for name, buffer in alone.named_buffers():
-        assert torch.equal(model.get_buffer(name), buffer), name
+    for sharded in (model, bare):
+        assert isinstance(sharded, FSDPModule)
+        tables = (sharded.hf_model.get_input_embeddings(), sharded.hf_model.get_output_embeddings())
+        assert tables[0].weight is tables[1].weight
+        assert all(p.dtype == torch.float32 for p in sharded.parameters())
+        for name, buffer in alone.named_buffers():
+            assert torch.equal(sharded.get_buffer(name), buffer), name
+    set_model_state_dict(bare, get_model_state_dict(model))
+    weights, loaded = full_state(model), full_state(bare)
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     refused = ""
     try:  # only rank 0 reads the weights, and every rank hears of it
         build_model(tiny(**CONFIGS["tied"]), pretrained="/no/such/folder", seed=3)

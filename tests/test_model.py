@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
@@ -308,6 +309,36 @@ def test_weights_come_from_the_seed_alone() -> None:
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert not torch.equal(*(m.hf_model.get_output_embeddings().weight for m in (first, other)))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "falcon_h1"])
+def test_a_checkpoint_loaded_over_no_weights_is_the_whole_model(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(family, tie_word_embeddings=family in ("llama", "gpt2"))
+    made = build_model(config, seed=3)
+
+    def forbidden(*args: Any) -> None:
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(model_module, "_create", forbidden)
+    bare = build_model(config, seed=3, weights=False)
+    parameters, buffers = dict(made.named_parameters()), dict(made.named_buffers())
+    assert [*dict(bare.named_parameters())] == [*parameters]
+    for name, buffer in bare.named_buffers():
+        assert torch.equal(buffer, buffers.pop(name)), name
+    assert not buffers
+
+    for parameter in bare.parameters():
+        assert parameter.requires_grad
+        torch.nn.init.constant_(parameter, torch.nan)
+    set_model_state_dict(bare, get_model_state_dict(made))
+    for name, parameter in bare.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+    for s in (S, 1) if family in FAMILIES else ():
+        phase = a_phase(bag_size=s, num_sequences=B, latent_length=L)
+        batch = tokens_for(phase)
+        assert torch.equal(bare(batch, phase).objective, made(batch, phase).objective)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -17,6 +17,7 @@ from pipelines.shards import Manifest
 from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray import journal
+from tst_ray import model as model_module
 from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import Ranks, committed, folder_name
 from tst_ray.checkpointer import Checkpointer
@@ -103,9 +104,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("stopped_at", range(NUM_STEPS + 1))
 def test_a_run_stopped_after_any_step_ends_bit_equal(
-    tmp_path: Path, manifest: Manifest, whole: tuple[Any, list[Any]], stopped_at: int
+    tmp_path: Path,
+    manifest: Manifest,
+    whole: tuple[Any, list[Any]],
+    stopped_at: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job, records = whole
+    create, made = model_module._create, []
+    monkeypatch.setattr(model_module, "_create", lambda *args: made.append(args) or create(*args))
     run = Storage(str(tmp_path / "run"))
     run.make()
     for step in range(1, stopped_at + 1):
@@ -117,6 +124,7 @@ def test_a_run_stopped_after_any_step_ends_bit_equal(
     for name in ("loss", "lr", "grad_norm", "data_digest", "data_tokens", "val_loss"):
         assert [r.get(name) for r in resumed] == [r.get(name) for r in records], name
     assert same(final_weights(run), final_weights(Storage(job.run_url)))
+    assert len(made) == (stopped_at == 0)  # no weights are made for a checkpoint to replace
 
 
 def test_what_a_record_holds(whole: tuple[Any, list[Any]]) -> None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -188,11 +189,13 @@ def _check_kind(config: Any) -> None:
 # -- parts -------------------------------------------------------------------------------------
 
 
-def make_model(config: Any, device: str) -> Any:
+def make_model(config: Any, device: str, weights: bool = True) -> Any:
     """The model that a configuration describes, float32, with random weights.
 
     Args:
         device: `cpu`, or `meta` for shapes without storage.
+        weights: False leaves the parameters on `meta`, whatever the device: what is left are the
+            buffers, such as rotary frequencies, which are computed and in no checkpoint.
 
     Raises:
         ConfigError: the model's class refuses the configuration.
@@ -200,7 +203,7 @@ def make_model(config: Any, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device(device):
+        with torch.device(device), nullcontext() if weights else _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever a model class raises about its configuration
         if "attention implementation" in str(error) or isinstance(error, ImportError):
@@ -209,6 +212,20 @@ def make_model(config: Any, device: str) -> Any:
                 f"{config.model_type} on this machine; set model.attention=eager"
             ) from error
         raise ConfigError(f"model.config: {one_line(error)}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let every parameter that a module takes lose its storage, before anything writes to it."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is may be tied: it stays one
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_empty):
+        yield
 
 
 def _outline(config: Any) -> Any:

@@ -56,6 +56,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
         hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token),
         pretrained=None,
         seed=config.run.seed,
+        weights=False,
         device="cpu",
         precision="float32",
         compile=False,

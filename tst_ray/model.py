@@ -3,8 +3,9 @@
     build_model        the same weights at every world size, sharded with FSDP2
     SuperpositionLM    tokens → loss, in either phase
 
-`build_model(hf_config, *, pretrained, seed, device, precision, compile, activation_checkpointing,
-sharded)` returns a SuperpositionLM ready to train. It is collective: every rank calls it.
+`build_model(hf_config, *, pretrained, seed, weights, device, precision, compile,
+activation_checkpointing, sharded)` returns a SuperpositionLM ready to train. It is collective:
+every rank calls it.
 
 `SuperpositionLM.forward(tokens, phase, *, num_real)` returns StepLoss(objective, loss,
 router_loss), three float32 scalars. `tokens` is int64
@@ -277,6 +278,7 @@ def build_model(
     *,
     pretrained: str | None = None,
     seed: int,
+    weights: bool = True,
     device: torch.device | str = "cpu",
     precision: str = "float32",
     compile: bool = False,
@@ -292,6 +294,8 @@ def build_model(
         hf_config: from `architecture.hf_config`.
         pretrained: a Hugging Face folder or id whose weights to start from; None starts from seed.
         seed: of the weights.
+        weights: False leaves them undefined, for a checkpoint to be loaded over them: a large model
+            takes minutes to make and to send around, and rank 0 its whole size of memory.
         device: where to train.
         precision: `float32`, or `bfloat16` for forward and backward with float32 weights,
             reductions and optimizer.
@@ -304,13 +308,14 @@ def build_model(
     """
     device = torch.device(device)
     group = sharded and _join_group(precision, device)
-    creates = not group or dist.get_rank() == 0
+    leads = not group or dist.get_rank() == 0
     scale = logit_scale(hf_config)
     hf_model, problem = None, None
     try:
-        hf_model = (
-            _create(hf_config, pretrained, seed) if creates else make_model(hf_config, "meta")
-        )
+        if leads and weights:
+            hf_model = _create(hf_config, pretrained, seed)
+        else:
+            hf_model = make_model(hf_config, "cpu" if leads else "meta", weights=False)
     except ConfigError as error:
         problem = str(error)
     if group:
@@ -318,12 +323,16 @@ def build_model(
     if problem:
         raise ConfigError(problem)
     model = SuperpositionLM(hf_model, scale).train()
-    weights = model.state_dict() if creates else {}
+    whole = model.state_dict() if leads and weights else {}
     _prepare_blocks(model, activation_checkpointing, compile)
-    if not group:
-        return model.to(device)
-    _shard(model, device, precision)
-    _distribute(model, weights, device)
+    if group:
+        _shard(model, device, precision)
+    if whole:
+        model.to(device)
+    else:
+        _allocate(model, device)
+    if group:
+        _distribute(model, whole if weights else None)
     return model
 
 
@@ -404,20 +413,27 @@ def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def _distribute(model: SuperpositionLM, weights: dict[str, Any], device: torch.device) -> None:
-    """Give every rank its shards of rank 0's weights, and rank 0's buffers."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
+def _allocate(model: SuperpositionLM, device: torch.device) -> None:
+    """Give what is on the meta device storage, of any content; buffers that were computed stay."""
     parts = anatomy(model.hf_model)
     tied = parts.head.weight is parts.embedding.weight
-    if dist.get_rank() > 0:
-        model.to_empty(device=device)
-        if tied:
-            parts.head.weight = parts.embedding.weight
-    set_model_state_dict(
-        model,
-        weights,
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
+    computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    model.to_empty(device=device)
+    if tied:
+        parts.head.weight = parts.embedding.weight
+    for name, buffer in computed.items():
+        model.get_buffer(name).copy_(buffer)
+
+
+def _distribute(model: SuperpositionLM, weights: dict[str, Any] | None) -> None:
+    """Give every rank its shards of rank 0's weights, if there are any, and rank 0's buffers."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if weights is not None:
+        set_model_state_dict(
+            model,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
     for buffer in model.buffers():  # those that no state dict holds too: rotary frequencies
         dist.broadcast(buffer, src=0)

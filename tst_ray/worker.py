@@ -123,6 +123,9 @@ class Trainer:
         self.times = {"entered": round(time.time(), 3)}
         if threads := config.train.threads or place.threads:
             torch.set_num_threads(threads)
+        self.saving = Saving(job, ranks, journal, watchdog, self.state)
+        self.checkpoint = self.saving.newest_good()  # to go on from; None at the start of a run
+        self.times["verified"] = round(time.time(), 3)
         manifest = load_manifest(job.feeds[0])
         self.hf_config = hf_config(
             config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
@@ -131,13 +134,13 @@ class Trainer:
             self.hf_config,
             pretrained=config.model.source if config.model.pretrained else None,
             seed=config.run.seed,
+            weights=self.checkpoint is None,
             device=self.device,
             precision=config.train.precision,
             compile=config.train.compile,
             activation_checkpointing=config.train.activation_checkpointing,
         )
         self.optimizer = build_optimizer(self.model, config.train)
-        self.saving = Saving(job, ranks, journal, watchdog, self.state)
         self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)
         self.speed = Speed(self.plan, describe(self.hf_config), place.device, place.world_size)
         self.guard = Guard(config.fault)
@@ -269,9 +272,8 @@ class Trainer:
         return self._state
 
     def restore(self) -> int:
-        """Load the newest good checkpoint and open the journal behind it; the finished steps."""
-        info = self.saving.newest_good()
-        self.times["verified"] = round(time.time(), 3)
+        """Load the checkpoint to go on from and open the journal behind it; the finished steps."""
+        info = self.checkpoint
         if info is not None:
             self._load(info)
         step = info.step if info else 0

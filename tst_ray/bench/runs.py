@@ -302,7 +302,8 @@ def _kill_and_follow(run: _Run) -> dict[str, float]:
     return {
         "noticed": failure["time"] - killed,
         "new group": times["entered"] - failure["time"],
-        "model built": times["built"] - times["entered"],
+        "checkpoint found": times["verified"] - times["entered"],
+        "model built": times["built"] - times["verified"],
         "checkpoint loaded": times["loaded"] - times["built"],
         "first batch": new["time"] - new["step_time_s"] + new["data_wait_s"] - times["loaded"],
         "first step": new["step_time_s"] - new["data_wait_s"],

@@ -283,6 +283,35 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
 
 
 @pytest.mark.slow
+def test_a_node_whose_worker_dies_again_and_again_is_left_out(place: Place, whole: Run) -> None:
+    place.nodes(3)
+    run = place.start("bad-node", tst__workers="[2,3]", cluster__workers="[2,3]")
+    target = LocalTarget(place.cluster)
+    driver = Injector(Storage(str(run.folder)), (), target)._driver
+    bad = place.cluster.node_ids()[0]
+    for attempt in (1, 2, 3):
+        wait_until(
+            lambda n=attempt: any(r["attempt"] == n for r in run.records[-1:]),  # type: ignore[misc]
+            f"a step of attempt {attempt}",
+        )
+        (worker,) = [w for w in target.workers(driver()) if w.node_id == bad]
+        target.signal_worker(worker, signal.SIGKILL)
+        wait_until(
+            lambda n=attempt: len(run.events("failure")) == n,  # type: ignore[misc]
+            f"failure {attempt}",
+        )
+    run.finish()
+    assert_nothing_lost(run, whole, same_size=False)
+    assert [event["node"] for event in run.events("failure")] == [bad] * 3
+    (told,) = run.events("left_out")
+    assert (told["node"], told["failures"], told["workers"]) == (bad, 3, 2)
+    attempts = run.events("attempt")
+    assert [bad in event["nodes"] for event in attempts] == [True, True, True, False]
+    assert [event["world_size"] for event in attempts] == [3, 3, 3, 2]
+    assert "going on without it (fault.max_node_failures)" in run.said()
+
+
+@pytest.mark.slow
 def test_below_the_minimum_the_run_waits_and_says_so(place: Place, whole: Run) -> None:
     place.nodes(2)
     run = place.start("waits")

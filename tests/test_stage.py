@@ -187,7 +187,7 @@ def test_what_keeps_the_supervisor_from_its_work_does_not_end_the_group(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.stage.draining_nodes", down)
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     assert stage._one_attempt() == Ended(8, DONE)
 
@@ -200,7 +200,7 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     tried: list[int] = []
 
     class Group:
-        def __init__(self, run: Storage, job: Any, world_size: int) -> None:
+        def __init__(self, run: Storage, job: Any, world_size: int, without: Any) -> None:
             tried.append(world_size)
 
         def wait(self, seconds: float) -> bool:
@@ -213,8 +213,8 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     nodes = [3]
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: min(most, nodes[0]))
-    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 2)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: min(most, nodes[0]))
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 2)
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
@@ -235,8 +235,10 @@ def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
 ) -> None:
     """Not one worker fewer each time: that would take a minute each."""
     stage = Supervised(tmp_path, manifest, "[1, 4]")
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
-    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 0)  # ours, not free yet
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    monkeypatch.setattr(
+        "tst_ray.room.free_room", lambda config, most, without: 0
+    )  # ours, not free yet
     stage.room.ran(2)
     stage._note_no_room(4)
     assert stage.room.now() == 2
@@ -261,8 +263,8 @@ def test_of_gpus_only_those_that_nobody_uses_are_grown_into(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Supervised(tmp_path, manifest, "[1, 4]")
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
-    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most: 1)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 1)
     assert stage.room.possible(2) == 4  # on CPUs, what is free says little
     cluster = stage.config.cluster.model_copy(update={"gpus_per_worker": 1.0})
     on_gpus = Room(stage.config.model_copy(update={"cluster": cluster}), 1, 4)
@@ -274,7 +276,7 @@ def test_a_group_settles_from_its_first_step_on(
 ) -> None:
     """Loading and compiling for minutes is no time in which it has trained."""
     stage = Supervised(tmp_path, manifest, "[1, 4]", cluster__growth_gain=0)
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: most)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
     monkeypatch.setattr("tst_ray.stage.draining_nodes", set)
     update_state(stage.run, attempt=1, attempt_from=0, step=3)
     for step in (1, 2, 3):
@@ -296,7 +298,7 @@ def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
     stage = Supervised(tmp_path, manifest, "[1, 4]")
     answers = iter([RpcError("unavailable"), RuntimeError("no GCS"), 3])
 
-    def room(config: Any, most: int) -> int:
+    def room(config: Any, most: int, without: Any) -> int:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
@@ -325,8 +327,63 @@ def test_what_else_keeps_workers_from_starting_says_nothing_of_room(
             raise NO_START
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most: min(most, 4))
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: min(most, 4))
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
     assert stage.room.now() == 4
+
+
+def test_a_node_that_ended_many_attempts_is_left_out_and_told(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three places on three nodes, of which two are wanted; the worker on one dies each time."""
+    stage = Supervised(tmp_path, manifest, "[1, 2]")
+    groups: list[list[str]] = []
+
+    class Group:
+        def __init__(self, run: Storage, job: Any, world_size: int, without: Any) -> None:
+            self.nodes = [name for name in ("bad", "good", "other") if name not in without]
+            self.nodes = self.nodes[:world_size]
+            groups.append(self.nodes)
+            attempt = read_state(run).get("attempt", 0) + 1
+            update_state(run, attempt=attempt, attempt_from=attempt, nodes=self.nodes)
+
+        def wait(self, seconds: float) -> bool:
+            return True
+
+        def outcome(self) -> Ended:
+            if "bad" in self.nodes:
+                ranks = dict.fromkeys([self.nodes.index("bad")])
+                raise GroupFailed("the process died", started=True, ranks=ranks)
+            return Ended(8, GROW)
+
+    def room_for(config: Any, most: int, without: Any) -> int:
+        return min(most, 3 - len(without))
+
+    monkeypatch.setattr("tst_ray.stage.Group", Group)
+    monkeypatch.setattr("tst_ray.room.room_for", room_for)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.address_of", lambda node: f"address of {node}")
+    assert [stage._attempt() for _ in range(4)] == [None] * 3 + [Ended(8, GROW)]
+    assert groups == [["bad", "good"]] * 3 + [["good", "other"]]
+    (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "left_out"]
+    assert (told["node"], told["address"]) == ("bad", "address of bad")
+    assert (told["failures"], told["workers"]) == (3, 2)
+
+    again = Supervised(tmp_path, manifest, "[1, 2]")  # another driver knows it too
+    assert again._attempt() == Ended(8, GROW)
+    assert groups[-1] == ["good", "other"]
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 0 if without else 1)
+    assert again._attempt() is None  # no other is left: better that node than none
+    assert groups[-1] == ["bad"]
+
+
+def test_no_node_is_left_out_where_that_is_not_wanted(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures="null")
+    event = {"event": "left_out", "time": time.time(), "node": "bad"}
+    stage.run.append("events.jsonl", json.dumps(event) + "\n")
+    stage._leave_out()
+    assert stage.room.without == frozenset()

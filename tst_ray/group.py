@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,8 @@ from tst_ray.session import worker_resources
 from tst_ray.storage import Storage
 from tst_ray.timeouts import COLLECTIVE_S
 
+_NODE = "tst_ray_node"  # an attribute of what a worker raises: where that was
+
 
 class GroupFailed(Exception):
     """A group ended without having finished or been told to; another attempt may go on.
@@ -40,11 +42,18 @@ class GroupFailed(Exception):
     Attributes:
         started: whether its processes ran at all.
         no_room: whether they did not because nothing was free for them.
+        ranks: those that failed in a way that may be their node's, and it, where they said so.
     """
 
-    def __init__(self, message: str, started: bool, no_room: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        started: bool,
+        no_room: bool = False,
+        ranks: Mapping[int, str | None] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.started, self.no_room = started, no_room
+        self.started, self.no_room, self.ranks = started, no_room, dict(ranks or {})
 
 
 class Group:
@@ -54,10 +63,14 @@ class Group:
         run: the run directory.
         job: what each worker is told (`worker.Job`).
         world_size: how many workers.
+        without: the nodes to leave out.
     """
 
-    def __init__(self, run: Storage, job: Job, world_size: int) -> None:
+    def __init__(
+        self, run: Storage, job: Job, world_size: int, without: Collection[str] = ()
+    ) -> None:
         self._run, self._job, self._world_size = run, job, world_size
+        self._without = without
         self._result: Any = None
         self._error: BaseException | None = None
         # A thread: the main one must stay free for signals, and Ray Train's own handler, which
@@ -83,7 +96,7 @@ class Group:
 
     def _fit(self) -> None:
         try:
-            self._result = _fit(self._run, self._job, self._world_size)
+            self._result = _fit(self._run, self._job, self._world_size, self._without)
         except BaseException as error:
             self._error = error
 
@@ -104,7 +117,14 @@ class Group:
         for failure in failures.values():
             if isinstance(failure, (UserError, DataError)) and not isinstance(failure, Unreadable):
                 return RunError(f"{self._run.url}: {failure}")
-        return GroupFailed(_told(failures) or one_line(error), started=True)
+        died = {rank: error for rank, error in failures.items() if _is_death(error)}
+        failed = died or failures  # others follow suit
+        ranks = {
+            rank: getattr(failure, _NODE, None)
+            for rank, failure in failed.items()
+            if not isinstance(failure, (OSError, Unreadable))  # storage's, that is
+        }
+        return GroupFailed(_told(failed, died) or one_line(error), started=True, ranks=ranks)
 
 
 def _bare(failure: BaseException) -> BaseException:
@@ -114,18 +134,22 @@ def _bare(failure: BaseException) -> BaseException:
     return failure
 
 
-def _told(failures: dict[int, BaseException]) -> str:
-    """What happened to which ranks: to those whose process died, if any did; others follow suit."""
+def _is_death(failure: BaseException) -> bool:
+    """Whether a worker's process ended, rather than what it ran."""
     from ray.exceptions import RayActorError
 
-    died = {rank: error for rank, error in failures.items() if isinstance(error, RayActorError)}
-    ranks = ", ".join(map(str, died or failures))
+    return isinstance(failure, RayActorError)
+
+
+def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:
+    """What happened to which ranks."""
+    ranks = ", ".join(map(str, failed))
     if died:
         return f"the process of rank {ranks} died"
-    return f"rank {ranks}: {one_line(next(iter(failures.values())))}" if failures else ""
+    return f"rank {ranks}: {one_line(next(iter(failed.values())))}" if failed else ""
 
 
-def _fit(run: Storage, job: Job, world_size: int) -> Any:
+def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> Any:
     """Run `train_worker` on every worker of a new group, to its end.
 
     See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
@@ -156,6 +180,9 @@ def _fit(run: Storage, job: Job, world_size: int) -> Any:
             num_workers=world_size,
             use_gpu=gpus > 0,
             resources_per_worker=worker_resources(config),
+            label_selector=(
+                {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
+            ),
         ),
         run_config=ray.train.RunConfig(
             # Ray Train would take a known name for a run of its own to restore.
@@ -191,17 +218,21 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
 
     job: Job = loop_config["job"]
     context = ray.train.get_context()
-    place = Place(
-        context.get_world_rank(),
-        context.get_world_size(),
-        str(ray.train.torch.get_device()),
-        ray.get_runtime_context().get_node_id(),
-        # What Ray has torch take where it is imported late. Said, so that a process which imported
-        # it early computes the same to the last bit.
-        threads=max(int(job.config.cluster.cpus_per_worker), 1),
-    )
-
-    return train(job, place, Reading(job, place).batches)
+    node = ray.get_runtime_context().get_node_id()
+    try:
+        place = Place(
+            context.get_world_rank(),
+            context.get_world_size(),
+            str(ray.train.torch.get_device()),
+            node,
+            # What Ray has torch take where it is imported late. Said, so that a process which
+            # imported it early computes the same to the last bit.
+            threads=max(int(job.config.cluster.cpus_per_worker), 1),
+        )
+        return train(job, place, Reading(job, place).batches)
+    except Exception as error:  # a GPU that is broken fails before anybody was told who is where
+        setattr(error, _NODE, node)
+        raise
 
 
 class Reading:

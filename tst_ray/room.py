@@ -1,7 +1,8 @@
 """How many workers a stage may have now: what the nodes hold, and what others leave of it.
 
     Room ── now ──> as many as fit ── lacked ──> fewer for a while, where nobody gave them a place
-         └─ possible ──> instead of those that train
+         ├─ possible ──> instead of those that train
+         └─ leave_out ──> not on the nodes that end one attempt after another
 
 What nodes have says nothing of what others use of it: that only shows when workers are not given a
 place. The cluster is asked through the head node, which may be away for a while.
@@ -12,11 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tst_ray.config import Config
-from tst_ray.session import ask_autoscaler, free_room, room_for
+from tst_ray.session import address_of, ask_autoscaler, free_room, room_for
 from tst_ray.storage import patiently
+from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
 
 Value = TypeVar("Value")
@@ -41,19 +43,21 @@ class Room:
     Attributes:
         lacked_for: how many workers were last not given a place; None where none ever.
         left: how many are tried instead, for a while.
+        without: the nodes that are left out.
     """
 
     def __init__(self, config: Config, least: int, most: int) -> None:
         self._config, self.least, self.most = config, least, most
         self.lacked_for: int | None = None
         self.left = 0
+        self.without: frozenset[str] = frozenset()
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
         self._ran: int | None = None  # how many workers the last group had that started
 
     def now(self) -> int:
         """How many workers to start, of those allowed; fewer than `least`: wait for nodes."""
-        room = room_for(self._config, self.most)
+        room = self.nodes_hold(self.without)
         barred = time.monotonic() < self._until and room <= self._then
         return min(room, max(self.left, self.least)) if barred else room
 
@@ -64,8 +68,29 @@ class Room:
         """
         room = self.now()
         if self._config.cluster.gpus_per_worker and room > world_size:
-            room = min(room, world_size + free_room(self._config, room))
+            room = min(room, world_size + free_room(self._config, room, self.without))
         return room
+
+    def nodes_hold(self, without: frozenset[str]) -> int:
+        """How many workers nodes have room for, all but some of them, others' use not counted."""
+        return room_for(self._config, self.most, without)
+
+    def leave_out(self, events: Events) -> dict[str, Any] | None:
+        """Leave out the nodes that a run's events tell of, and one more where it should go.
+
+        Where too few workers are left, none is: better such nodes than none.
+
+        Returns:
+            what to tell of the one more; None where there is none.
+        """
+        most, now = self._config.fault.max_node_failures, time.time()
+        without = left_out(events, now)
+        if most is None or (without and self.nodes_hold(without) < self.least):
+            self.without = frozenset()
+            return None
+        suspect = to_leave_out(events, now, most, self.least, self.nodes_hold)
+        self.without = without | {suspect["node"]} if suspect else without
+        return {**suspect, "address": address_of(suspect["node"])} if suspect else None
 
     def ran(self, world_size: int) -> None:
         """Note that so many workers were given a place."""
@@ -80,10 +105,10 @@ class Room:
         if self._ran is not None and self._ran < world_size:
             self.left = self._ran
         else:
-            free = steadily(lambda: free_room(self._config, self.most))
+            free = steadily(lambda: free_room(self._config, self.most, self.without))
             self.left = min(free, world_size - 1)
         self._until = time.monotonic() + NO_ROOM_S
-        self._then = steadily(lambda: room_for(self._config, self.most))
+        self._then = steadily(lambda: self.nodes_hold(self.without))
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,16 +305,24 @@ def _shortage(config: Config, workers: int) -> str | None:
     return None
 
 
-def living_nodes() -> list[Node]:
-    """The nodes that take new work: alive, and not about to be reclaimed."""
+def living_nodes(without: Collection[str] = ()) -> list[Node]:
+    """The nodes that take new work: alive, not about to be reclaimed, and not left out."""
     import ray
 
-    leaving = draining_nodes()
+    leaving = draining_nodes().union(without)
     return [
         Node(node["NodeID"], node["Resources"])
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     ]
+
+
+def address_of(node_id: str) -> str | None:
+    """A node's address, for people; None where the cluster knows no such node."""
+    import ray
+
+    found = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return next(found, None)
 
 
 def object_stores() -> list[float]:
@@ -333,19 +341,23 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def room_for(config: Config, most: int) -> int:
-    """How many of `most` workers the cluster holds now, beside Ray Data; 0 where none fits."""
+def room_for(config: Config, most: int, without: Collection[str]) -> int:
+    """How many of `most` workers the cluster holds now, beside Ray Data; 0 where none fits.
+
+    Args:
+        without: nodes to leave out.
+    """
     return workers_that_fit(
-        living_nodes(), worker_resources(config), config.cluster.data_cpus, most
+        living_nodes(without), worker_resources(config), config.cluster.data_cpus, most
     )
 
 
-def free_room(config: Config, most: int) -> int:
+def free_room(config: Config, most: int, without: Collection[str]) -> int:
     """As `room_for`, of what nobody uses at this moment."""
     import ray
 
     free = ray._private.state.available_resources_per_node()
-    nodes = [Node(node.node_id, free.get(node.node_id, {})) for node in living_nodes()]
+    nodes = [Node(node.node_id, free.get(node.node_id, {})) for node in living_nodes(without)]
     return workers_that_fit(nodes, worker_resources(config), config.cluster.data_cpus, most)
 
 

@@ -11,7 +11,8 @@
       checkpoint, because we asked         are repeated
     rollback                             the next attempt, from the checkpoint before the trouble
     a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
-                                           run ends after `fault.max_failures` without progress
+                                           run ends after `fault.max_failures` without progress, and
+                                           leaves out a node that ended many (suspects.py)
     no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
                                            no failure: a run waits for nodes as long as it takes
     interrupt: SIGTERM, or Ctrl-C        the run ends, to be resumed by the same command
@@ -40,11 +41,12 @@ from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
-from tst_ray.metrics import METRICS, try_event
+from tst_ray.metrics import EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
 from tst_ray.session import draining_nodes
 from tst_ray.storage import Storage, patiently
+from tst_ray.suspects import LEFT_OUT, laid_to
 
 Say = Callable[[str], None]
 
@@ -55,6 +57,7 @@ _LOOK_FOR_NODES_S = 5.0
 _ASK_AGAIN_S = 30.0
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
+_EVENTS_BYTES = 1 << 20  # of some days
 
 
 def newest_step(run: Storage) -> int:
@@ -181,7 +184,7 @@ class Stage:
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
         self._trains = False
-        group = Group(self.run, self.job, world_size)
+        group = Group(self.run, self.job, world_size, self.room.without)
         while not group.wait(_SUPERVISE_S):
             try:
                 self._supervise(world_size, started)
@@ -242,6 +245,7 @@ class Stage:
         """
         now = patiently(lambda: read_state(self.run))
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
+        begun = now.get("attempt", 0) > before.get("attempt", 0)
         self.failures = 1 if failure.started and progress else self.failures + 1
         try_event(
             self.run,
@@ -251,6 +255,8 @@ class Stage:
             attempt=now.get("attempt", 0),
             step=now.get("step", 0),
             in_a_row=self.failures,
+            node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
+            costs_s=round(self._start_s, 1),
         )
         charge(self.run, "restart")
         if self._interrupts.by is not None:
@@ -297,6 +303,7 @@ class Stage:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least = self.room.least
         self.room.ask()
+        self._leave_out()
         room = steadily(self.room.now)
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
@@ -318,6 +325,18 @@ class Stage:
         if self._vaults is not None:
             steadily(self._vaults.cover)
         return room
+
+    def _leave_out(self) -> None:
+        """Go on without a node that ended one attempt after another, where that pays."""
+        if self.config.fault.max_node_failures is None:
+            return
+        events = patiently(lambda: self.run.tail_records(EVENTS, _EVENTS_BYTES))
+        if suspect := steadily(lambda: self.room.leave_out(events)):
+            try_event(self.run, LEFT_OUT, **suspect)
+            self.say(
+                f"{suspect['failures']} attempts ended on node {suspect['address']}: going on "
+                "without it (fault.max_node_failures)"
+            )
 
     def _note_no_room(self, world_size: int) -> None:
         """So many workers were not given a place; the next attempt is with fewer, or waits."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipelines.ingest import FILLER, BatchMismatch, read_inline
@@ -125,6 +126,37 @@ def test_a_run_stopped_after_any_step_ends_bit_equal(
         assert [r.get(name) for r in resumed] == [r.get(name) for r in records], name
     assert same(final_weights(run), final_weights(Storage(job.run_url)))
     assert len(made) == (stopped_at == 0)  # no weights are made for a checkpoint to replace
+
+
+def test_one_process_in_bfloat16_resumes_and_saves_over_groups_of_its_own(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed precision takes a group of one; the checkpoint thread must not meet the loop in it."""
+    made: list[Ranks] = []
+
+    class Noted(Ranks):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr("tst_ray.checkpointer.Ranks", Noted)
+    config = make_config(
+        tmp_path, manifest, train__precision="bfloat16", checkpoint__every=1, checkpoint__keep=100
+    )
+    job = make_job(config, manifest)
+    run = Storage(job.run_url)
+    try:
+        records = run_inline(job)
+        weights = final_weights(run)
+        for step in range(6, NUM_STEPS + 1):
+            shutil.rmtree(run.at(f"checkpoints/{folder_name(step)}"))
+        resumed = run_inline(job)
+    finally:
+        dist.destroy_process_group()
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in records]
+    assert same(final_weights(run), weights)
+    assert len(made) == 2
+    assert all(ranks.group is not None for ranks in made)
 
 
 def test_what_a_record_holds(whole: tuple[Any, list[Any]]) -> None:

@@ -62,6 +62,7 @@ __all__ = [
     "check_supported",
     "describe",
     "hf_config",
+    "join_group",
 ]
 
 IGNORE = -100  # the label of what does not count
@@ -307,7 +308,7 @@ def build_model(
         ConfigError: the model cannot be trained this way; on every rank alike.
     """
     device = torch.device(device)
-    group = sharded and _join_group(precision, device)
+    group = sharded and join_group(precision, device)
     leads = not group or dist.get_rank() == 0
     scale = logit_scale(hf_config)
     hf_model, problem = None, None
@@ -336,8 +337,11 @@ def build_model(
     return model
 
 
-def _join_group(precision: str, device: torch.device) -> bool:
-    """Whether FSDP wraps the model: over several ranks, or for its mixed precision over one."""
+def join_group(precision: str, device: torch.device) -> bool:
+    """Whether FSDP wraps the model: over several ranks, or for its mixed precision over one.
+
+    That one then becomes a group, of which others may be made.
+    """
     if dist.is_initialized():
         return dist.get_world_size() > 1 or precision != "float32"
     if precision != "float32":

@@ -32,7 +32,7 @@ from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
-from tst_ray.model import SuperpositionLM, build_model
+from tst_ray.model import SuperpositionLM, build_model, join_group
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase
 from tst_ray.saving import Saving
@@ -52,6 +52,7 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
         RunError: no checkpoint of several is intact, or too many roll-backs.
         BatchMismatch: a batch is not the one the plan says.
     """
+    join_group(job.config.train.precision, torch.device(place.device))
     ranks = Ranks()
     run = Storage(job.run_url)
     nodes = tuple(node for node in ranks.gather(place.node) if node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import BatchMismatch, Feed
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import RunError
-from tst_ray.group import Group, GroupFailed, Reading
+from tst_ray.group import Group, GroupFailed, Reading, train_worker
 from tst_ray.job import Place
 from tst_ray.storage import Storage
 
@@ -152,3 +153,50 @@ def test_a_group_that_did_not_start_says_whether_there_was_room(
     with pytest.raises(GroupFailed) as caught:
         group.outcome()
     assert (caught.value.started, caught.value.no_room) == (False, no_room)
+
+
+class Wrapped(Exception):
+    """As Ray Train wraps what a worker raised."""
+
+    def __init__(self, error: Exception) -> None:
+        self._base_exc = error
+
+
+def test_a_failure_names_the_ranks_and_what_their_node_may_have_done(tmp_path: Path) -> None:
+    """Those that died, if any did; never those that storage failed."""
+    from ray.exceptions import ActorDiedError
+    from ray.train import TrainingFailedError
+
+    def ranks(**failures: Exception) -> dict[int, str | None]:
+        group = Group.__new__(Group)
+        group._run = Storage(str(tmp_path))
+        error = TrainingFailedError("a worker failed")
+        error.worker_failures = {int(name[1:]): failure for name, failure in failures.items()}
+        group._error = error
+        with pytest.raises(GroupFailed) as caught:
+            group.outcome()
+        return caught.value.ranks
+
+    assert ranks(r0=Wrapped(RuntimeError("connection closed")), r1=ActorDiedError()) == {1: None}
+    broken = RuntimeError("an uncorrectable ECC error")
+    assert ranks(r2=Wrapped(broken)) == {2: None}
+    broken.tst_ray_node = "node b"
+    assert ranks(r2=Wrapped(pickle.loads(pickle.dumps(broken)))) == {2: "node b"}
+    assert ranks(r0=Wrapped(OSError("503")), r1=Wrapped(Unreadable("503"))) == {}
+
+
+def test_what_a_worker_raises_says_on_which_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before it has told anybody: a broken GPU fails first."""
+
+    class Here:
+        def get_node_id(self) -> str:
+            return "node b"
+
+        def get_world_rank(self) -> int:
+            raise RuntimeError("CUDA error: no device")
+
+    monkeypatch.setattr("ray.train.get_context", Here)
+    monkeypatch.setattr("ray.get_runtime_context", Here)
+    with pytest.raises(RuntimeError) as caught:
+        train_worker({"job": None})
+    assert caught.value.tst_ray_node == "node b"  # type: ignore[attr-defined]

@@ -301,7 +301,9 @@ def print_status(facts: dict[str, Any]) -> None:
 
 def _event_line(event: dict[str, Any]) -> str:
     shown = {
-        k: v for k, v in event.items() if k not in ("time", "event", "times", "nodes", "spans")
+        k: v
+        for k, v in event.items()
+        if k not in ("time", "event", "times", "node", "nodes", "spans")
     }
     details = ", ".join(f"{k} {v}" for k, v in shown.items())
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))

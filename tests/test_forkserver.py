@@ -40,9 +40,31 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[dict[str, str]]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with forkserver.server_ahead("llama") as variables:
+        stays = start_what_stays(tmp_path_factory.mktemp("stays"), variables)
         yield variables
+        assert lives(stays)
+    wait_for(lambda: not lives(stays))
+
+
+def start_what_stays(folder: Path, variables: dict[str, str]) -> int:
+    """Have a process started that hangs, as one of Ray's may; its id."""
+    script, told = folder / "worker.py", folder / "pid"
+    script.write_text(
+        f"import os, time; open({str(told)!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(1e6)"
+    )
+    nowhere = subprocess.DEVNULL
+    subprocess.run(
+        [*CLIENT, str(script)],
+        env=os.environ | variables,
+        stdin=nowhere,
+        stdout=nowhere,
+        stderr=nowhere,
+        timeout=PATIENCE_S,
+    )
+    wait_for(lambda: told.exists() and told.read_text().endswith("."))
+    return int(told.read_text()[:-1])
 
 
 def start(folder: Path, variables: dict[str, str]) -> tuple[dict[str, Any], str]:

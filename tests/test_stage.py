@@ -15,6 +15,7 @@ from ray.exceptions import RpcError
 
 from pipelines.manifest import Manifest
 from tests.tiny import make_config, make_corpus, make_job
+from tst_ray.elastic import Node
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
@@ -365,6 +366,8 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     monkeypatch.setattr("tst_ray.room.room_for", room_for)
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
     monkeypatch.setattr("tst_ray.room.address_of", lambda node: f"address of {node}")
+    nodes = [Node(name, {}) for name in ("bad", "good", "other")]
+    monkeypatch.setattr("tst_ray.room.living_nodes", lambda: nodes)
     assert [stage._attempt() for _ in range(4)] == [None] * 3 + [Ended(8, GROW)]
     assert groups == [["bad", "good"]] * 3 + [["good", "other"]]
     (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "left_out"]

@@ -47,55 +47,69 @@ def holding(most: int, **workers: int) -> Callable[[frozenset[str]], int]:
     )
 
 
+def all_there() -> set[str]:
+    return {"bad", "good", "other"}
+
+
 SPARE = holding(8, bad=4, good=4, other=4)
 NO_SPARE = holding(8, bad=4, good=4)
 
 
 def test_with_nodes_to_spare_a_node_is_left_out_when_it_has_ended_enough_attempts() -> None:
-    told = to_leave_out(failures(9 * HOUR, 5 * HOUR, 0), NOW, 3, 1, SPARE)
+    told = to_leave_out(failures(9 * HOUR, 5 * HOUR, 0), NOW, 3, 1, all_there, SPARE)
     assert told == {"node": "bad", "failures": 3, "costs_s": 180.0, "workers": 8}
-    assert to_leave_out(failures(9 * HOUR, 0), NOW, 3, 1, SPARE) is None
-    assert to_leave_out(failures(9 * HOUR, 0), NOW, 2, 1, SPARE) is not None
+    assert to_leave_out(failures(9 * HOUR, 0), NOW, 3, 1, all_there, SPARE) is None
+    assert to_leave_out(failures(9 * HOUR, 0), NOW, 2, 1, all_there, SPARE) is not None
 
 
 def test_without_any_to_spare_only_when_its_restarts_cost_more_than_it_computes() -> None:
-    assert to_leave_out(failures(9 * HOUR, 5 * HOUR, 0), NOW, 3, 1, NO_SPARE) is None
-    assert to_leave_out(failures(400, 200, 0), NOW, 3, 1, NO_SPARE) is None  # 45 % of the time
-    told = to_leave_out(failures(300, 150, 0), NOW, 3, 1, NO_SPARE)  # 60 %
+    assert to_leave_out(failures(9 * HOUR, 5 * HOUR, 0), NOW, 3, 1, all_there, NO_SPARE) is None
+    assert (
+        to_leave_out(failures(400, 200, 0), NOW, 3, 1, all_there, NO_SPARE) is None
+    )  # 45 % of the time
+    told = to_leave_out(failures(300, 150, 0), NOW, 3, 1, all_there, NO_SPARE)  # 60 %
     assert told is not None
     assert told["workers"] == 4
 
 
+def test_a_node_that_is_gone_is_not_left_out() -> None:
+    assert to_leave_out(failures(400, 200, 0), NOW, 3, 1, lambda: {"good", "other"}, SPARE) is None
+
+
 def test_enough_workers_are_left() -> None:
     soon = failures(30, 20, 10, 0)
-    assert to_leave_out(soon, NOW, 3, 4, NO_SPARE) is not None
-    assert to_leave_out(soon, NOW, 3, 5, NO_SPARE) is None
-    assert to_leave_out(soon, NOW, 3, 1, holding(8, bad=4)) is None
+    assert to_leave_out(soon, NOW, 3, 4, all_there, NO_SPARE) is not None
+    assert to_leave_out(soon, NOW, 3, 5, all_there, NO_SPARE) is None
+    assert to_leave_out(soon, NOW, 3, 1, all_there, holding(8, bad=4)) is None
 
 
 def test_what_is_laid_to_no_node_or_was_a_hang_counts_for_none() -> None:
     events = failures(400, 200, 0)
-    assert to_leave_out(failures(400, 200, 0, node=None), NOW, 3, 1, SPARE) is None
+    assert to_leave_out(failures(400, 200, 0, node=None), NOW, 3, 1, all_there, SPARE) is None
     assert (
-        to_leave_out([{"event": "failure", "time": NOW, "attempt": 1}] * 3, NOW, 3, 1, SPARE)
+        to_leave_out(
+            [{"event": "failure", "time": NOW, "attempt": 1}] * 3, NOW, 3, 1, all_there, SPARE
+        )
         is None
     )
     hang = {"event": "hang", "time": NOW, "attempt": events[1]["attempt"], "rank": 0}
-    assert to_leave_out(events, NOW, 3, 1, SPARE) is not None
-    assert to_leave_out([*events, hang], NOW, 3, 1, SPARE) is None
+    assert to_leave_out(events, NOW, 3, 1, all_there, SPARE) is not None
+    assert to_leave_out([*events, hang], NOW, 3, 1, all_there, SPARE) is None
 
 
 def test_a_day_later_it_is_forgotten() -> None:
     events = [*failures(400, 200, 0), {"event": "left_out", "time": NOW, "node": "bad"}]
     assert left_out(events, NOW + 1) == {"bad"}
-    assert to_leave_out(events, NOW + 1, 3, 1, SPARE) is None  # it is out
+    assert to_leave_out(events, NOW + 1, 3, 1, all_there, SPARE) is None  # it is out
     later = NOW + MEMORY_S + 1
     assert left_out(events, later) == frozenset()
-    assert to_leave_out(events, later, 3, 1, SPARE) is None
+    assert to_leave_out(events, later, 3, 1, all_there, SPARE) is None
 
 
 def test_a_second_node_is_judged_by_what_is_left() -> None:
     out = {"event": "left_out", "time": NOW, "node": "other"}
     rare = failures(9 * HOUR, 5 * HOUR, 0)
-    assert to_leave_out(rare, NOW, 3, 1, SPARE) is not None
-    assert to_leave_out([out, *rare], NOW, 3, 1, SPARE) is None  # none is to spare any more
+    assert to_leave_out(rare, NOW, 3, 1, all_there, SPARE) is not None
+    assert (
+        to_leave_out([out, *rare], NOW, 3, 1, all_there, SPARE) is None
+    )  # none is to spare any more

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tst_ray.config import Config
-from tst_ray.session import address_of, ask_autoscaler, free_room, room_for
+from tst_ray.session import address_of, ask_autoscaler, free_room, living_nodes, room_for
 from tst_ray.storage import patiently
 from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
@@ -31,6 +31,10 @@ def steadily(look: Callable[[], Value]) -> Value:
     from ray.exceptions import RayError
 
     return patiently(look, also=(RayError, RuntimeError))
+
+
+def _living() -> set[str]:
+    return {node.node_id for node in living_nodes()}
 
 
 class Room:
@@ -88,7 +92,7 @@ class Room:
         if most is None or (without and self.nodes_hold(without) < self.least):
             self.without = frozenset()
             return None
-        suspect = to_leave_out(events, now, most, self.least, self.nodes_hold)
+        suspect = to_leave_out(events, now, most, self.least, _living, self.nodes_hold)
         self.without = without | {suspect["node"]} if suspect else without
         return {**suspect, "address": address_of(suspect["node"])} if suspect else None
 

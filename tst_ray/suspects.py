@@ -9,7 +9,7 @@ next driver knows it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 LEFT_OUT = "left_out"
@@ -36,7 +36,12 @@ def left_out(events: Events, now: float) -> frozenset[str]:
 
 
 def to_leave_out(
-    events: Events, now: float, most: int, least: int, room: Callable[[frozenset[str]], int]
+    events: Events,
+    now: float,
+    most: int,
+    least: int,
+    living: Callable[[], Collection[str]],
+    room: Callable[[frozenset[str]], int],
 ) -> dict[str, Any] | None:
     """A node that is to be left out from now on, and why: the details of its event; None for none.
 
@@ -47,6 +52,7 @@ def to_leave_out(
     Args:
         most: how many failures a node is allowed.
         least: how many workers must be left.
+        living: the nodes that are there.
         room: how many workers the cluster holds without some nodes.
     """
     out = left_out(events, now)
@@ -56,7 +62,7 @@ def to_leave_out(
         if event.get("node") and event["node"] not in out and event["attempt"] not in hung:
             of_node.setdefault(event["node"], []).append(event)
     for node, failures in of_node.items():
-        if len(failures) < most:
+        if len(failures) < most or node not in living():
             continue
         costs_s = sum(event["costs_s"] for event in failures)
         share = costs_s / max(now - failures[0]["time"], 1.0)

@@ -286,7 +286,8 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
 def test_a_node_whose_worker_dies_again_and_again_is_left_out(place: Place, whole: Run) -> None:
     place.nodes(3)
     run = place.start(
-        "bad-node", tst__workers="[2,3]", cluster__workers="[2,3]", fault__max_failures=3
+        "bad-node", tst__workers="[2,3]", cluster__workers="[2,3]",
+        fault__max_failures=3, fault__max_node_failures=3,
     )  # fmt: skip
     target = LocalTarget(place.cluster)
     driver = Injector(Storage(str(run.folder)), (), target)._driver

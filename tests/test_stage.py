@@ -339,7 +339,7 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three places on three nodes, of which two are wanted; the worker on one dies each time."""
-    stage = Supervised(tmp_path, manifest, "[1, 2]")
+    stage = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures=3)
     groups: list[list[str]] = []
 
     class Group:
@@ -374,7 +374,9 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     assert (told["node"], told["address"]) == ("bad", "address of bad")
     assert (told["failures"], told["workers"]) == (3, 2)
 
-    again = Supervised(tmp_path, manifest, "[1, 2]")  # another driver knows it too
+    again = Supervised(
+        tmp_path, manifest, "[1, 2]", fault__max_node_failures=3
+    )  # another driver knows it too
     assert again._attempt() == Ended(8, GROW)
     assert groups[-1] == ["good", "other"]
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 0 if without else 1)

@@ -359,7 +359,7 @@ class FaultConfig(_Section):
 
     max_failures: int = Field(default=3, ge=0)
     """failures in a row, without progress between them, that a run survives"""
-    max_node_failures: Count | None = 3
+    max_node_failures: Count | None = None
     """failures on one node within a day, after which it is left out where that pays; null: never"""
     max_failed_saves: Count = 3
     """checkpoints in a row that could not be saved, after which the run stops"""

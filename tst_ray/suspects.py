@@ -66,8 +66,8 @@ def to_leave_out(
             continue
         costs_s = sum(event["costs_s"] for event in failures)
         share = costs_s / max(now - failures[0]["time"], 1.0)
-        left = room(out | {node})
-        if left >= least and share > 1 - left / room(out):
+        left, before = room(out | {node}), room(out)
+        if left >= least and share > 1 - left / max(before, left):
             return {
                 "node": node,
                 "failures": len(failures),

@@ -183,6 +183,11 @@ def test_a_failure_names_the_ranks_and_what_their_node_may_have_done(tmp_path: P
     broken.tst_ray_node = "node b"
     assert ranks(r2=Wrapped(pickle.loads(pickle.dumps(broken)))) == {2: "node b"}
     assert ranks(r0=Wrapped(OSError("503")), r1=Wrapped(Unreadable("503"))) == {}
+    followed = Wrapped(RuntimeError("connection closed"))
+    assert ranks(r0=Wrapped(OSError("503")), r1=followed) == {}
+    other_died = ActorDiedError()  # one of Ray Data's, say, that this worker talked to
+    other_died.tst_ray_node = "node a"
+    assert ranks(r0=Wrapped(other_died), r1=ActorDiedError()) == {1: None}
 
 
 def test_what_a_worker_raises_says_on_which_node(monkeypatch: pytest.MonkeyPatch) -> None:

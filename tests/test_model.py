@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
 from tst_ray import model as model_module
-from tst_ray.architecture import check_supported, describe, hf_config, logit_scale
+from tst_ray.architecture import check_supported, describe, hf_config, logit_scale, make_model
 from tst_ray.errors import ConfigError
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
@@ -341,6 +341,18 @@ def test_a_checkpoint_loaded_over_no_weights_is_the_whole_model(
         assert torch.equal(bare(batch, phase).objective, made(batch, phase).objective)
 
 
+def test_what_is_tied_stays_tied_without_weights() -> None:
+    model = SuperpositionLM(make_model(tiny("llama"), "cpu", weights=False))
+    first, second = (layer.mlp for layer in model.hf_model.base_model.layers)
+    second.up_proj.weight = first.up_proj.weight  # as Zamba shares whole blocks
+    model_module._allocate(model, torch.device("cpu"))
+    assert second.up_proj.weight is first.up_proj.weight
+    assert second.down_proj.weight is not first.down_proj.weight
+    tables = (model.hf_model.get_input_embeddings(), model.hf_model.get_output_embeddings())
+    assert tables[0].weight is not tables[1].weight
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_activation_checkpointing_changes_nothing(family: str) -> None:
     config = tiny(family)
@@ -387,6 +399,13 @@ def test_pretrained_weights_are_loaded(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=f"data.tokenizer: has {VOCAB + 1} tokens, more than"):
         hf_config(model_section, vocab_size=VOCAB + 1, eot_token=0)
+    tied = hf_config(
+        section(source=str(tmp_path), pretrained=True, config={"tie_word_embeddings": True}),
+        vocab_size=None,
+        eot_token=None,
+    )
+    with pytest.raises(ConfigError, match="differ, but the configuration ties them"):
+        build_model(tied, pretrained=str(tmp_path), seed=0)
     other = hf_config(
         section(source=str(tmp_path), pretrained=True, config={"intermediate_size": 20}),
         vocab_size=None,

@@ -237,9 +237,7 @@ def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
     """Not one worker fewer each time: that would take a minute each."""
     stage = Supervised(tmp_path, manifest, "[1, 4]")
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
-    monkeypatch.setattr(
-        "tst_ray.room.free_room", lambda config, most, without: 0
-    )  # ours, not free yet
+    monkeypatch.setattr("tst_ray.room.free_room", lambda *args: 0)  # ours, not free yet
     stage.room.ran(2)
     stage._note_no_room(4)
     assert stage.room.now() == 2
@@ -374,14 +372,30 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     assert (told["node"], told["address"]) == ("bad", "address of bad")
     assert (told["failures"], told["workers"]) == (3, 2)
 
-    again = Supervised(
-        tmp_path, manifest, "[1, 2]", fault__max_node_failures=3
-    )  # another driver knows it too
+    # Another driver knows it too.
+    again = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures=3)
     assert again._attempt() == Ended(8, GROW)
     assert groups[-1] == ["good", "other"]
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 0 if without else 1)
     assert again._attempt() is None  # no other is left: better that node than none
     assert groups[-1] == ["bad"]
+
+
+def test_a_node_that_is_left_out_and_missed_is_taken_back(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nodes hold is not what is free: others may use the room there is without it."""
+    stage = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures=3)
+    event = {"event": "left_out", "time": time.time(), "node": "bad"}
+    stage.run.append("events.jsonl", json.dumps(event) + "\n")
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 1)
+    stage._leave_out()
+    assert stage.room.without == {"bad"}
+    stage._note_no_room(2)
+    assert stage.room.without == frozenset()
+    stage._leave_out()
+    assert stage.room.without == frozenset()
 
 
 def test_no_node_is_left_out_where_that_is_not_wanted(

@@ -119,11 +119,9 @@ class Group:
                 return RunError(f"{self._run.url}: {failure}")
         died = {rank: error for rank, error in failures.items() if _is_death(error)}
         failed = died or failures  # others follow suit
-        ranks = {
-            rank: getattr(failure, _NODE, None)
-            for rank, failure in failed.items()
-            if not isinstance(failure, (OSError, Unreadable))  # storage's, that is
-        }
+        ranks = {rank: getattr(failure, _NODE, None) for rank, failure in failed.items()}
+        if any(isinstance(failure, (OSError, Unreadable)) for failure in failed.values()):
+            ranks = {}  # storage failed, whoever else then failed too
         return GroupFailed(_told(failed, died) or one_line(error), started=True, ranks=ranks)
 
 
@@ -138,7 +136,7 @@ def _is_death(failure: BaseException) -> bool:
     """Whether a worker's process ended, rather than what it ran."""
     from ray.exceptions import RayActorError
 
-    return isinstance(failure, RayActorError)
+    return isinstance(failure, RayActorError) and not hasattr(failure, _NODE)
 
 
 def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:

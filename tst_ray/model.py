@@ -371,6 +371,13 @@ def _create(config: Any, pretrained: str | None, seed: int) -> Any:
         raise ConfigError(
             f"model.source = {pretrained!r}: its weights do not load: {one_line(error)}"
         ) from error
+    parts = anatomy(model)
+    if config.tie_word_embeddings and parts.head.weight is not parts.embedding.weight:
+        # transformers lets the file win, and a resume, which has none, the configuration
+        raise ConfigError(
+            f"model.source = {pretrained!r}: its input and output embeddings differ, but the "
+            "configuration ties them; set model.config.tie_word_embeddings=false"
+        )
     absent = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
     if absent:
         raise ConfigError(
@@ -419,12 +426,17 @@ def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None
 
 def _allocate(model: SuperpositionLM, device: torch.device) -> None:
     """Give what is on the meta device storage, of any content; buffers that were computed stay."""
-    parts = anatomy(model.hf_model)
-    tied = parts.head.weight is parts.embedding.weight
-    computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)
-    if tied:
-        parts.head.weight = parts.embedding.weight
+    first: dict[nn.Parameter, str] = {}
+    tied = {
+        name: first.setdefault(parameter, name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    buffers = model.named_buffers(remove_duplicate=False)
+    computed = {name: buffer for name, buffer in buffers if not buffer.is_meta}
+    model.to_empty(device=device)  # unties what was tied
+    for name, other in tied.items():
+        folder, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(folder), attribute, model.get_parameter(other))
     for name, buffer in computed.items():
         model.get_buffer(name).copy_(buffer)
 

@@ -55,6 +55,7 @@ class Room:
         self.lacked_for: int | None = None
         self.left = 0
         self.without: frozenset[str] = frozenset()
+        self._needed: frozenset[str] = frozenset()  # left out once, and then missed
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
         self._ran: int | None = None  # how many workers the last group had that started
@@ -88,7 +89,7 @@ class Room:
             what to tell of the one more; None where there is none.
         """
         most, now = self._config.fault.max_node_failures, time.time()
-        without = left_out(events, now)
+        without = left_out(events, now) - self._needed
         if most is None or (without and self.nodes_hold(without) < self.least):
             self.without = frozenset()
             return None
@@ -103,9 +104,12 @@ class Room:
     def lacked(self, world_size: int) -> bool:
         """Note that so many were not: others use the nodes. Whether that was not known.
 
+        Nodes that were left out are taken back: what others leave was no room without them.
+
         As many as ran before are tried next, where those were fewer; else as many as nobody uses
         the places of.
         """
+        self._needed, self.without = self._needed | self.without, frozenset()
         if self._ran is not None and self._ran < world_size:
             self.left = self._ran
         else:

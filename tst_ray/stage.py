@@ -12,7 +12,7 @@
     rollback                             the next attempt, from the checkpoint before the trouble
     a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
                                            run ends after `fault.max_failures` without progress, and
-                                           leaves out a node that ended many (suspects.py)
+                                           may leave out a node that ended many (suspects.py)
     no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
                                            no failure: a run waits for nodes as long as it takes
     interrupt: SIGTERM, or Ctrl-C        the run ends, to be resumed by the same command
@@ -318,6 +318,7 @@ class Stage:
                 if time.monotonic() - asked_at > _ASK_AGAIN_S:  # a cluster keeps one request alone,
                     asked_at = time.monotonic()  # and another run's end takes it back
                     self.room.ask()
+                    self._leave_out()  # fewer others may be left, and the node do after all
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)

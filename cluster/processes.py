@@ -91,8 +91,10 @@ def _is_worker_of(pid: int, raylet: int) -> bool:
     named = _environment(pid).get("RAY_RAYLET_PID")
     if named is not None:
         return named == str(raylet)
-    # Forked by a server of a driver that started the raylet too.
+    # Forked by servers of a driver that started the raylet too.
     server = _parent(pid)
+    while b"tst_ray.forkserver" in _command(_parent(server)):
+        server = _parent(server)
     forked = b"tst_ray.forkserver" in _command(server)
     return forked and 1 < _parent(server) == _parent(raylet)
 

@@ -24,14 +24,18 @@ PATIENCE_S = 120.0
 # A worker process that tells what it is, in the file that it is told.
 WORKER = """
 import json, os, random, sys
+def parent_of(pid):
+    return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
 facts = {
-    "parent": os.getppid(), "group": os.getpgrp() == os.getpid(), "folder": os.getcwd(),
+    "parent": os.getppid(), "grandparent": parent_of(os.getppid()),
+    "group": os.getpgrp() == os.getpid(), "folder": os.getcwd(),
     "arguments": sys.argv, "variable": os.environ.get("MINE"), "name": __name__,
     "torch": "torch" in sys.modules, "random": random.random(),
 }
 if "ray" in sys.modules:
     from ray import ObjectID
     facts["id"] = ObjectID.from_random().hex()
+    facts["job"] = os.environ.get("RAY_JOB_ID")
 print("heard", flush=True)
 with open(sys.argv[1] + ".part", "w") as file:
     json.dump(facts, file)
@@ -108,9 +112,23 @@ def test_a_forked_process_is_what_its_client_was_to_be(
         assert facts["group"], "a raylet ends a process with its group: it must have its own"
         assert facts["torch"] and facts["name"] == "__main__"
     one, other = told
-    assert one["parent"] == other["parent"], "the server"
+    assert one["parent"] == other["parent"], "the job's server"
     assert one["random"] != other["random"]
     assert one["id"] != other["id"], "two objects of one id would be one object"
+
+
+def test_the_jobs_of_a_node_share_what_knows_nothing_of_ray(
+    address: dict[str, str], folders: tuple[Path, Path]
+) -> None:
+    """Ray reads its job's id from the environment as it is imported."""
+    one, other = (
+        start(folder, address | {"RAY_JOB_ID": job})[0]
+        for folder, job in zip(folders, ("01000000", "02000000"), strict=True)
+    )
+    assert (one["job"], other["job"]) == ("01000000", "02000000")
+    assert one["parent"] != other["parent"], "each job's server"
+    assert one["grandparent"] == other["grandparent"], "the node's"
+    assert one["id"] != other["id"]
 
 
 def test_what_it_prints_goes_where_the_clients_goes(
@@ -223,7 +241,7 @@ def run_server(code: str) -> str:
 
 def test_a_server_whose_children_would_be_alike_does_not_serve() -> None:
     asks = "from tst_ray import forkserver as f; {}; print(f._why_alike(), f._why_not_fork())"
-    assert run_server(asks.format("f._import_ray()")) == "None None"
+    assert run_server(asks.format("f._import_for_a_job()")) == "None None"
     alike = run_server(asks.format("import ray; ray.ObjectID.from_random()"))
     assert "same random numbers" in alike
 
@@ -238,8 +256,8 @@ def test_a_server_with_threads_does_not_serve() -> None:
 
 def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from tst_ray import forkserver as f; f._AT_ONCE = (); f._IDLE_S = {}; "
-        "f.serve(f.forkclient.listen(sys.argv[1]), int(sys.argv[2]))"
+        "import sys; from tst_ray import forkserver as f; f._IDLE_S = {}; "
+        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), lambda: None)"
     )
     for idle_s, parent in ((0.1, "sys.stdin.read()"), (1e9, "")):
         server = [sys.executable, "-c", code.format(idle_s), str(tmp_path / "socket")]
@@ -288,9 +306,8 @@ def test_a_server_that_must_not_be_forked_says_so_to_every_client(
     """At once, and without another round of imports for each."""
     address = str(tmp_path / "socket")
     code = (
-        "import sys; from tst_ray import forkserver as f; f._AT_ONCE = f._WITH_RAY = (); "
-        "f._why_not_fork = lambda: 'no'; "
-        "f.serve(f.forkclient.listen(sys.argv[1]), int(sys.argv[2]))"
+        "import sys; from tst_ray import forkserver as f; "
+        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), lambda: 'no')"
     )
     with (tmp_path / "printed").open("w") as printed:
         command = [sys.executable, "-c", code, address, str(os.getpid())]

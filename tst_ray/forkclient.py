@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import IO, Any
 
 ADDRESS = "TST_RAY_FORK_SERVER"
 """The environment variable with the path of the server's socket, where a driver started it."""
@@ -21,6 +21,7 @@ ADDRESS = "TST_RAY_FORK_SERVER"
 LENGTH = 8
 """Bytes, big-endian, of the length that goes before a request."""
 
+_JOB = "RAY_JOB_ID"
 _BACKLOG = 128
 _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 
@@ -35,12 +36,9 @@ def start(arguments: list[str]) -> None:
 
 
 def _ask(arguments: list[str]) -> None:
-    body = json.dumps({"arguments": arguments, **_self_portrait()}).encode()
     with _connection(_address(arguments)) as server:
-        _check_owner(server)
         server.settimeout(_ANSWER_S)
-        socket.send_fds(server, [len(body).to_bytes(LENGTH, "big")], [0, 1, 2])
-        server.sendall(body)
+        _send(server, arguments, [0, 1, 2])
         try:
             answer = server.recv(1)
         except TimeoutError:
@@ -48,6 +46,19 @@ def _ask(arguments: list[str]) -> None:
             answer = server.recv(1)
         if not answer:
             raise ConnectionError("the server does not serve")
+
+
+def _send(server: socket.socket, arguments: list[str], descriptors: list[int]) -> None:
+    """Ask a server for a process.
+
+    Args:
+        arguments: what it is to run; nothing for a job's server.
+        descriptors: its standard streams; for a job's server, the socket that it is to listen to.
+    """
+    _check_owner(server)
+    body = json.dumps({"arguments": arguments, **_self_portrait()}).encode()
+    socket.send_fds(server, [len(body).to_bytes(LENGTH, "big")], descriptors)
+    server.sendall(body)
 
 
 def _self_portrait() -> dict[str, Any]:
@@ -73,30 +84,50 @@ def _check_owner(server: socket.socket) -> None:
 
 
 def _address(arguments: list[str]) -> str:
-    """The server's socket: where the driver says, or beside the raylet's, one an environment."""
+    """The socket of the node's server: where the driver says, or beside the raylet's.
+
+    There is one for each environment, but for what is the job's alone.
+    """
     if ADDRESS in os.environ:
         return os.environ[ADDRESS]
     import hashlib
 
     raylet = next(a.partition("=")[2] for a in arguments if a.startswith("--raylet-name="))
-    environment = json.dumps([sys.executable, sorted(os.environ.items())])
+    variables = sorted(item for item in os.environ.items() if item[0] != _JOB)
+    environment = json.dumps([sys.executable, variables])
     return f"{raylet}.{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
 
 
-def _connection(address: str) -> socket.socket:
-    """A connection to the server, which is started if there is none."""
+def _connection(node: str) -> socket.socket:
+    """A connection to the job's server; what is not there yet is started.
+
+    Args:
+        node: the address of the node's server, which forks the job's.
+    """
+    job = f"{node}.{os.environ.get(_JOB, '')}"
+    with _locked(job):
+        try:
+            return _connect(job)
+        except OSError:
+            with _locked(node):
+                try:
+                    server = _connect(node)
+                except OSError:
+                    _start_server(node)
+                    server = _connect(node)
+            with server, listen(job) as listener:
+                _send(server, [], [listener.fileno()])
+            return _connect(job)  # though the server still imports
+
+
+def _locked(address: str) -> IO[bytes]:
+    """A lock, until it is closed: of several first clients, one starts a server."""
     import fcntl
 
-    lock = os.open(f"{address}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several first clients, one starts the server
-        try:
-            return _connect(address)
-        except OSError:
-            _start_server(address)
-            return _connect(address)
-    finally:
-        os.close(lock)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    lock = os.fdopen(os.open(f"{address}.lock", flags, 0o600), "rb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _connect(address: str) -> socket.socket:

@@ -3,15 +3,18 @@
     raylet ── starts ──> client (forkclient.py)                                milliseconds
                            │ arguments, environment, working folder, standard streams
                            ▼
-                         server: imported torch, transformers, Ray Data …, once
-                           └── fork ──> the worker                                   milliseconds
+                         node's server: imported torch, transformers …, once
+                           └── fork ──> job's server: imported Ray Train, Ray Data …, once a job
+                                          └── fork ──> the worker                    milliseconds
 
 A process of Ray spends its first seconds on imports, and with a worker group come ten of them: what
 controls it, hands out data, reads and trains. Ray starts whatever the `py_executable` of the
-runtime environment names; here that is the client. The first one on a node becomes the server, one
+runtime environment names; here that is the client. The first one on a node becomes its server, one
 for each environment, since modules may take settings from it as they are imported. The driver of a
-local Ray starts its server itself, ahead of Ray. A server ends with its parent, or a minute after
-its last child. Python's own `multiprocessing.forkserver` is the same idea, for Python's children.
+local Ray starts it itself, ahead of Ray. Each job has a server of its own, since Ray takes its job
+from the environment as it is imported; what takes longest is there when the next run begins. A
+server ends with its parent, or a minute after its last child. Python's own
+`multiprocessing.forkserver` is the same idea, for Python's children.
 
 Where anything goes wrong, or takes too long, the client becomes an ordinary worker process, so
 nothing depends on this. A server that cannot be forked safely (it has other threads, it has opened
@@ -27,15 +30,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tst_ray import forkclient
 
 _MODEL_TYPE = "TST_RAY_MODEL_TYPE"
-# What knows nothing of Ray is imported at once; the rest with the environment of the first client,
-# since Ray takes its raylet and its job from the environment as it is imported.
-_AT_ONCE = (
+_FOR_THE_NODE = (
     "numpy",
     "pandas",
     "pyarrow.parquet",
@@ -43,7 +44,7 @@ _AT_ONCE = (
     "torch.distributed.fsdp",
     "transformers",
 )
-_WITH_RAY = (
+_FOR_A_JOB = (
     "ray.train.torch",
     "ray.data",
     "pipelines.tokenize",
@@ -124,13 +125,13 @@ def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
         try:
             yield {forkclient.ADDRESS: address}
         finally:
-            _end_children(server.pid)
+            _end_descendants(server.pid)
             server.kill()
             server.wait()
 
 
-def _end_children(parent: int) -> None:
-    """SIGKILL for a process's children; Ray has ended, and what is still there hangs in its exit.
+def _end_descendants(ancestor: int) -> None:
+    """SIGKILL for what a server forked; Ray has ended, and what is still there hangs in its exit.
 
     One process of Ray 2.60 in a thousand or so stays for ever as it is taken apart: it waits for a
     lock that it holds (`~Publisher` posts to an event loop that is being shut down).
@@ -139,7 +140,8 @@ def _end_children(parent: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             with open(f"/proc/{int(entry)}/stat") as stat:
                 _, its_parent, *_ = stat.read().rpartition(")")[2].split()
-            if int(its_parent) == parent:
+            if int(its_parent) == ancestor:
+                _end_descendants(int(entry))
                 os.kill(int(entry), signal.SIGKILL)
 
 
@@ -149,62 +151,60 @@ def _end_children(parent: int) -> None:
 def main() -> None:
     """What `forkclient.server_command` runs: serve; then, in each child, be what it is to be."""
     import runpy
-
-    arguments = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
-def serve(listener: socket.socket, parent: int) -> list[str]:
-    """Import, then fork a child for each client until the parent is gone, or none is left.
-
-    Args:
-        listener: the socket that clients connect to, as `forkclient.listen` makes it.
-        parent: the process id of the parent.
-
-    Returns:
-        in each child, and nowhere else: what it is to run.
-    """
     import warnings
 
-    listener.settimeout(_LOOK_S)
     warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-    # Looking for GPUs must not open them: a child could then not use them.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    kind = os.environ.get(_MODEL_TYPE)
-    _import([*_AT_ONCE, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])])
+    _import_for_the_node()
+    _, job = serve(int(sys.argv[1]), int(sys.argv[2]), _why_not_fork)
+    _import_for_a_job()
+    sys.argv, _ = serve(job, os.getppid(), lambda: _why_not_fork() or _why_alike())
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def serve(
+    listener_fd: int, parent: int, why_not: Callable[[], str | None]
+) -> tuple[list[str], int]:
+    """Fork a child for each client until the parent is gone, or no child is left.
+
+    Args:
+        listener_fd: the socket that clients connect to, as `forkclient.listen` makes it.
+        parent: the process id of the parent.
+        why_not: what makes children of this process unsafe, if anything does; asked once.
+
+    Returns:
+        in each child, and nowhere else: what it is to run; or nothing, and the socket of the job
+        that it is to serve.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    ready, needed = False, time.monotonic()
-    problem: str | None = None
-    while os.getppid() == parent and time.monotonic() - needed < _IDLE_S:
-        if _has_children():
-            needed = time.monotonic()
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            continue
-        except OSError as error:  # no descriptor is free, say
-            _tell(error)
-            time.sleep(_LOOK_S)
-            continue
-        streams: list[int] = []
-        with connection:
-            try:
-                request = _receive(connection, streams)
-                if not ready:
-                    os.environ.update(request["environment"])
-                    _import_ray()
-                    ready, problem = True, _why_alike() or _why_not_fork()
-                    _tell(problem)
-                if problem is None and os.fork() == 0:
-                    listener.close()
-                    return _become(request, streams, connection)
+    problem = why_not()
+    _tell(problem)
+    needed = time.monotonic()
+    with socket.socket(fileno=listener_fd) as listener:
+        listener.settimeout(_LOOK_S)
+        while os.getppid() == parent and time.monotonic() - needed < _IDLE_S:
+            if _has_children():
                 needed = time.monotonic()
-            except (OSError, ValueError) as error:  # the client was killed, or memory is short
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # no descriptor is free, say
                 _tell(error)
-            for stream in streams:
-                os.close(stream)
-    os.unlink(listener.getsockname())
+                time.sleep(_LOOK_S)
+                continue
+            descriptors: list[int] = []
+            with connection:
+                try:
+                    request = _receive(connection, descriptors)
+                    if problem is None and os.fork() == 0:
+                        listener.close()
+                        return _become(request, descriptors, connection)
+                    needed = time.monotonic()
+                except (OSError, ValueError) as error:  # the client was killed, memory is short
+                    _tell(error)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+        os.unlink(listener.getsockname())
     sys.exit()
 
 
@@ -221,7 +221,15 @@ def _has_children() -> bool:
     return True
 
 
-def _import_ray() -> None:
+def _import_for_the_node() -> None:
+    """Import what knows nothing of Ray."""
+    # Looking for GPUs must not open them: a child could then not use them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    kind = os.environ.get(_MODEL_TYPE)
+    _import([*_FOR_THE_NODE, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])])
+
+
+def _import_for_a_job() -> None:
     """Import Ray and what is built on it, without a random number of Ray's own.
 
     Ray's generator is seeded once a process, at first use: from then on all children would draw the
@@ -238,7 +246,7 @@ def _import_ray() -> None:
             return ActorClassID(os.urandom(ActorClassID.size()))
 
     with mock.patch.object(ray.actor, "ActorClassID", FromTheSystem):
-        _import(_WITH_RAY)
+        _import(_FOR_A_JOB)
 
 
 def _import(names: Iterable[str]) -> None:
@@ -256,7 +264,12 @@ def _import(names: Iterable[str]) -> None:
 
 
 def _why_not_fork() -> str | None:
-    """What makes children of this process unsafe, if anything does."""
+    """What makes children of this process unsafe, if anything does.
+
+    It forks; OpenBLAS ends its threads then.
+    """
+    if os.fork() == 0:
+        os._exit(0)
     threads = []
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as comm:
@@ -271,10 +284,7 @@ def _why_not_fork() -> str | None:
 
 
 def _why_alike() -> str | None:
-    """Whether children would draw the same ids from Ray's generator.
-
-    It forks; OpenBLAS ends its threads then, and what is left is for `_why_not_fork` to see.
-    """
+    """Whether children would draw the same ids from Ray's generator."""
     if len(ids := _ids_of_a_child() + _ids_of_a_child()) == len(set(ids)) > 0:
         return None
     return "not forked, since two children would draw the same random numbers"
@@ -303,11 +313,14 @@ def _ids_of_a_child() -> list[bytes]:
     return [content[:half], content[half:]]
 
 
-def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
-    """A client's request; its standard streams are added to `streams`, whatever happens."""
+def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any]:
+    """A client's request; what came with it is added to `descriptors`, whatever happens.
+
+    Those are its standard streams or, where it asks for a job's server, that one's socket.
+    """
     connection.settimeout(_LOOK_S)
-    head, descriptors, _, _ = socket.recv_fds(connection, forkclient.LENGTH, 3)
-    streams += descriptors
+    head, received, _, _ = socket.recv_fds(connection, forkclient.LENGTH, 3)
+    descriptors += received
     left, body = int.from_bytes(head, "big"), b""
     while len(body) < left:
         piece = connection.recv(left - len(body))
@@ -318,21 +331,26 @@ def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
     return request
 
 
-def _become(request: dict[str, Any], streams: list[int], connection: socket.socket) -> list[str]:
+def _become(
+    request: dict[str, Any], descriptors: list[int], connection: socket.socket
+) -> tuple[list[str], int]:
     """Take on what makes a process the one that a client was to be, tell the client, and go on.
 
-    A child whose client has gone, and has become that process itself, ends.
+    A child whose client has gone, and has become that process itself, ends. A job's server serves
+    other clients too, and goes on.
     """
     import random
     import resource
 
     import numpy as np
 
+    arguments: list[str] = request["arguments"]
+    is_worker = bool(arguments)  # and not a job's server
     try:
         os.setpgid(0, 0)  # a raylet ends a worker with its whole process group
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-        for number, stream in enumerate(streams):
+        for number, stream in enumerate(descriptors if is_worker else ()):
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
@@ -344,9 +362,9 @@ def _become(request: dict[str, Any], streams: list[int], connection: socket.sock
             file.write(request["oom_score"])
         random.seed()
         np.random.seed()
-        connection.send(b"1")
+        if is_worker:
+            connection.send(b"1")
     except BaseException as error:
         _tell(error)
         os._exit(1)
-    arguments: list[str] = request["arguments"]
-    return arguments
+    return arguments, -1 if is_worker else descriptors[0]

@@ -30,7 +30,7 @@ from tst_ray.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 400.0
-STEPS, SWITCH, EVERY = 160, 40, 10
+STEPS, SWITCH, EVERY = 120, 40, 10
 SPOT = {"spot": 1.0}
 QUICK_TO_NOTICE = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000}
 SETTINGS = {
@@ -46,7 +46,7 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.sequence_length": 32,
     "train.batch_size": 15,
-    "train.micro_batch_size": 2,  # many small passes: steps that last, so that faults find them
+    "train.micro_batch_size": 4,
     "train.learning_rate": 3e-4,
     "train.threads": 1,
     "tst.ratio": SWITCH / STEPS,
@@ -57,8 +57,8 @@ SETTINGS = {
     "cluster.growth_gain": 0,
     "checkpoint.every": EVERY,
     "checkpoint.keep": 6,
-    "checkpoint.memory_every": 5,
-    "metrics.val_every": 80,
+    "checkpoint.memory_every": 8,
+    "metrics.val_every": 60,
     "metrics.val_sequences": 8,
     "fault.hang_s": 10,
     "fault.start_s": 120,
@@ -226,7 +226,7 @@ def test_killed_and_frozen_workers(place: Place, whole: Run) -> None:
     """
     place.nodes(2)
     run = place.start("killed-and-frozen")
-    faults = Faults().fail_at(14, rank=1).fail_at(SWITCH, rank=0).freeze_at(100, rank=1)
+    faults = Faults().fail_at(14, rank=1).fail_at(SWITCH, rank=0).freeze_at(80, rank=1)
     place.inject(run, faults)
     assert_nothing_lost(run, whole)
     assert len(run.events("failure")) == 3
@@ -287,12 +287,12 @@ def test_a_node_whose_worker_dies_again_and_again_is_left_out(place: Place, whol
     place.nodes(3)
     run = place.start(
         "bad-node", tst__workers="[2,3]", cluster__workers="[2,3]",
-        fault__max_failures=3, fault__max_node_failures=3,
+        fault__max_failures=3, fault__max_node_failures=2,
     )  # fmt: skip
     target = LocalTarget(place.cluster)
     driver = Injector(Storage(str(run.folder)), (), target)._driver
     bad = place.cluster.node_ids()[0]
-    for attempt in (1, 2, 3):
+    for attempt in (1, 2):
         wait_until(
             lambda n=attempt: any(r["attempt"] == n for r in run.records[-1:]),  # type: ignore[misc]
             f"a step of attempt {attempt}",
@@ -305,12 +305,12 @@ def test_a_node_whose_worker_dies_again_and_again_is_left_out(place: Place, whol
         )
     run.finish()
     assert_nothing_lost(run, whole, same_size=False)
-    assert [event["node"] for event in run.events("failure")] == [bad] * 3
+    assert [event["node"] for event in run.events("failure")] == [bad] * 2
     (told,) = run.events("left_out")
-    assert (told["node"], told["failures"], told["workers"]) == (bad, 3, 2)
+    assert (told["node"], told["failures"], told["workers"]) == (bad, 2, 2)
     attempts = run.events("attempt")
-    assert [bad in event["nodes"] for event in attempts] == [True, True, True, False]
-    assert [event["world_size"] for event in attempts] == [3, 3, 3, 2]
+    assert [bad in event["nodes"] for event in attempts] == [True, True, False]
+    assert [event["world_size"] for event in attempts] == [3, 3, 2]
     assert "going on without it (fault.max_node_failures)" in run.said()
 
 
@@ -350,7 +350,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(place: Place, 
     place.nodes(2)
     run = place.start("damaged", checkpoint__memory_every="null", checkpoint__every=20)
     faults = Faults()
-    for step, how in ((44, "cut"), (84, "flip"), (124, "remove"), (148, "unmark")):
+    for step, how in ((44, "cut"), (64, "flip"), (84, "remove"), (104, "unmark")):
         faults = faults.damage_checkpoint_at(step, how=how).fail_at(step)
     place.inject(run, faults)
     assert_nothing_lost(run, whole)
@@ -503,7 +503,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.timeout(7200)
 def test_soak(place: Place, whole: Run, num_faults: int, seed: int) -> None:
     """Faults at random, of every kind that strikes processes, nodes and files: nothing is lost."""
-    steps = max(40 * num_faults, STEPS)
+    steps = max(30 * num_faults, STEPS)
     settings = {"train__steps": steps, "tst__ratio": 0.25}
     place.nodes(2)
     if steps != STEPS:

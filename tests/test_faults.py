@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from pipelines.manifest import Manifest
 from tests.faults import Faults
 from tests.test_worker import final_weights, same
 from tests.tiny import make_config, make_corpus, make_job, run_inline
-from tst_ray.checkpoint import committed
+from tst_ray.checkpoint import MARKER, committed
 from tst_ray.errors import RunError
 from tst_ray.job import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place
 from tst_ray.journal import read_passed_over, read_state, request_stop
+from tst_ray.metrics import MetricsLog
 from tst_ray.storage import Storage
 from tst_ray.timeouts import STOP_POLL_S
 from tst_ray.worker import train
@@ -310,6 +312,51 @@ def test_metrics_wait_for_a_full_disk_and_miss_no_step(
     assert train_on(job, fill) == Ended(12, "done")
     assert disk.refused > 0
     assert column(records_of(job), "step") == list(range(1, 13))
+
+
+def test_the_loop_does_not_wait_for_lines_and_state_to_be_written(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage takes them only once the last step is under way."""
+    nearly_done = threading.Event()
+    for method in ("write", "append"):
+        monkeypatch.setattr(Storage, method, after(nearly_done, getattr(Storage, method)))
+    job = tiny_job(tmp_path, manifest, train__steps=12, checkpoint__every=1000)
+
+    def note(step: int) -> None:
+        if step == 11:
+            nearly_done.set()
+
+    assert train_on(job, note) == Ended(12, "done")
+    assert column(records_of(job), "step") == list(range(1, 13))
+
+
+def after(event: threading.Event, original: Any) -> Any:
+    def method(storage: Storage, name: str, content: Any) -> None:
+        if name in ("metrics.jsonl", "run.json") and read_state(storage).get("attempt"):
+            assert event.wait(60.0), "somebody waits for this"
+        original(storage, name, content)
+
+    return method
+
+
+def test_the_lines_of_a_committed_step_stand(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not trained again; on an object store lines wait for each other else."""
+    monkeypatch.setattr(MetricsLog, "is_due", lambda log: False)
+    job = tiny_job(tmp_path, manifest, train__steps=6)
+    original, there = Storage.write, {}
+
+    def write(storage: Storage, name: str, content: Any) -> None:
+        if name == MARKER:
+            there[storage.path[-1]] = column(records_of(job), "step")
+        original(storage, name, content)
+
+    monkeypatch.setattr(Storage, "write", write)
+    assert train_on(job) == Ended(6, "done")
+    assert sorted(there) == ["2", "4", "6"]
+    assert all(steps[: int(step)] == list(range(1, int(step) + 1)) for step, steps in there.items())
 
 
 def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Manifest) -> None:

@@ -131,6 +131,20 @@ def test_the_jobs_of_a_node_share_what_knows_nothing_of_ray(
     assert one["id"] != other["id"]
 
 
+def test_the_jobs_of_a_node_find_one_server_and_other_environments_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["default_worker.py", "--raylet-name=/tmp/raylet"]
+    monkeypatch.delenv(forkclient.ADDRESS, raising=False)
+    found = set()
+    for job in ("01000000", "02000000"):
+        monkeypatch.setenv("RAY_JOB_ID", job)
+        found.add(forkclient._address(asked))
+    assert len(found) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert forkclient._address(asked) not in found
+
+
 def test_what_it_prints_goes_where_the_clients_goes(
     address: dict[str, str], folders: tuple[Path, Path]
 ) -> None:

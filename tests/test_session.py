@@ -11,7 +11,15 @@ from tst_ray.config import Config, load_config
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import build_plan
-from tst_ray.session import check_capacity, check_local, local_cpus, ray_session, unused_gpus
+from tst_ray.session import (
+    ask_autoscaler,
+    check_capacity,
+    check_local,
+    local_cpus,
+    ray_session,
+    unused_gpus,
+    worker_resources,
+)
 
 
 def config_of(*overrides: str) -> Config:
@@ -133,3 +141,22 @@ def test_gpus_that_nobody_trains_on_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(session, "living_nodes", lambda: nodes(8, 8, gpus=4))
     assert unused_gpus(config_of()) == 8
     assert unused_gpus(config_of("--cluster.gpus_per_worker=1")) == 0
+
+
+def test_an_autoscaler_is_asked_for_other_nodes_than_those_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By Ray's own function, which refuses what is no label selector."""
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        "ray.autoscaler.sdk.sdk.commands.request_resources", lambda *args: asked.append(args)
+    )
+    config = config_of("--cluster.data_cpus=1")
+    for workers, without in ((2, {"b2", "a1"}), (1, ()), (0, ())):
+        ask_autoscaler(config, workers, without)
+    worker, away = worker_resources(config), {"ray.io/node-id": "!in(a1,b2)"}
+    assert asked == [
+        (None, [worker, worker, {"CPU": 1.0}], [away, away, {}]),
+        (None, [worker, {"CPU": 1.0}], [{}, {}]),
+        (None, [], []),
+    ]

@@ -189,7 +189,7 @@ def test_what_keeps_the_supervisor_from_its_work_does_not_end_the_group(
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.stage.draining_nodes", down)
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
     assert stage._one_attempt() == Ended(8, DONE)
 
 
@@ -216,7 +216,7 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     nodes = [3]
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: min(most, nodes[0]))
     monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 2)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
     assert stage._one_attempt() == Ended(8, DONE)
@@ -303,7 +303,7 @@ def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
             raise answer
         return answer
 
-    def asked(config: Any, most: int) -> None:
+    def asked(config: Any, most: int, without: Any) -> None:
         raise RpcError("unavailable")
 
     monkeypatch.setattr("tst_ray.room.room_for", room)
@@ -327,7 +327,7 @@ def test_what_else_keeps_workers_from_starting_says_nothing_of_room(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: min(most, 4))
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
     with pytest.raises(GroupFailed):
         stage._one_attempt()
     assert stage.room.now() == 4
@@ -362,12 +362,16 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.room.room_for", room_for)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most: None)
+    asked: list[set[str]] = []
+    monkeypatch.setattr(
+        "tst_ray.room.ask_autoscaler", lambda config, most, without: asked.append(set(without))
+    )
     monkeypatch.setattr("tst_ray.room.address_of", lambda node: f"address of {node}")
     nodes = [Node(name, {}) for name in ("bad", "good", "other")]
     monkeypatch.setattr("tst_ray.room.living_nodes", lambda: nodes)
     assert [stage._attempt() for _ in range(4)] == [None] * 3 + [Ended(8, GROW)]
     assert groups == [["bad", "good"]] * 3 + [["good", "other"]]
+    assert asked == [set()] * 3 + [{"bad"}], "another is to be started in its place"
     (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "left_out"]
     assert (told["node"], told["address"]) == ("bad", "address of bad")
     assert (told["failures"], told["workers"]) == (3, 2)

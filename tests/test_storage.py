@@ -123,10 +123,6 @@ def test_what_an_object_stores_library_raises_is_an_oserror(
         with pytest.raises(OSError, match=r"^\S+: 503$"):
             ask()
         assert slept == ([] if storage.is_local else [0.5, 2.0])
-    slept.clear()
-    with pytest.raises(OSError):
-        storage.hasty().read("a")
-    assert slept == []
 
 
 def test_nothing_is_kept_by_truncating_to_nothing(

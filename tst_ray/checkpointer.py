@@ -82,7 +82,7 @@ class Checkpointer:
         state: dict[str, Any],
         meta: dict[str, Any],
         *,
-        problem: Exception | None = None,
+        first: Callable[[], None] = lambda: None,
         prune: bool = True,
     ) -> None:
         """Start saving the state after `step` steps; a save still under way is waited for.
@@ -92,19 +92,19 @@ class Checkpointer:
         Args:
             state: tensors, DTensors and plain values by name; may change once this returns.
             meta: what meta.json says besides step, world size and files.
-            problem: why this rank cannot save; all ranks then fail together.
+            first: what must be done before it is written; if it cannot, all ranks fail together.
             prune: whether older checkpoints may go once this one is committed.
         """
         started = time.perf_counter()
         self.wait()
-        staged = None
+        staged, problem = None, None
         try:
-            staged = None if problem else self._stager.stage(state)
+            staged = self._stager.stage(state)
         except Exception as error:
             problem = error  # the others must hear of it, and the thread tells them
         stall_s = round(time.perf_counter() - started, 4)
         told = {"step": step, "stall_s": stall_s}
-        args = (step, staged, problem, meta, told, prune)
+        args = (step, staged, problem, meta, first, told, prune)
         self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         if not self.background:
@@ -122,6 +122,7 @@ class Checkpointer:
         staged: Any,
         problem: Exception | None,
         meta: dict[str, Any],
+        first: Callable[[], None],
         told: dict[str, Any],
         prune: bool,
     ) -> None:
@@ -132,7 +133,7 @@ class Checkpointer:
         started, scratch = time.perf_counter(), None
         folder = self.root / folder_name(step)
         try:
-            scratch = self._agree(lambda: self._make_place(folder, staged, problem))
+            scratch = self._agree(lambda: self._make_place(folder, staged, problem, first))
             entries = self._agree(lambda: self._write(staged, folder, scratch))
             gathered = self._ranks.gather(entries)
             if self._ranks.rank == 0:
@@ -166,10 +167,13 @@ class Checkpointer:
             raise OSError(problems[0])
         return result
 
-    def _make_place(self, folder: Storage, staged: Any, problem: Exception | None) -> Path | None:
+    def _make_place(
+        self, folder: Storage, staged: Any, problem: Exception | None, first: Callable[[], None]
+    ) -> Path | None:
         """An empty folder for the checkpoint; a local one to upload from where it is remote."""
         if problem is not None:
             raise problem
+        first()
         if self._ranks.rank == 0:
             if not self._is_current():
                 raise OSError("another attempt of this run has taken over")

@@ -122,7 +122,7 @@ class Coordinator:
                 _fold_events(run)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
-                    return self._drive(run, "inline")
+                    return self._drive(run, "inline", self._begin_check("inline"))
                 return self._with_ray(run)
             except BaseException as error:
                 self._record_failure(run, error)
@@ -161,9 +161,10 @@ class Coordinator:
             with ray_session(self.config, self.plan) as session:
                 update_state(run, ray_address=session.address)
                 try:
+                    check = self._begin_check("ray")  # here, while others look at their nodes
                     self._check_cluster(run)
                     with self._memory_of_the_cluster():
-                        return self._drive(run, "ray")
+                        return self._drive(run, "ray", check)
                 finally:
                     ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
@@ -190,8 +191,11 @@ class Coordinator:
         finally:
             vaults.close()
 
-    def _drive(self, run: Storage, backend: str) -> Outcome:
-        remarks, _ = _call(backend, check_model, self.config, self.plan, None)
+    def _begin_check(self, backend: str) -> Callable[[], Any]:
+        return _begin(backend, check_model, self.config, self.plan, None)
+
+    def _drive(self, run: Storage, backend: str, check: Callable[[], Any]) -> Outcome:
+        remarks, _ = check()
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
@@ -377,15 +381,25 @@ def _fold_events(run: Storage) -> None:
 
 def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function as a Ray task, or here where there is no Ray."""
+    return _begin(backend, function, *args)()
+
+
+def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Begin a call as a Ray task, or let it be done here where there is no Ray; waits for it."""
     if backend == "inline":
-        return function(*args)
+        return lambda: function(*args)
     import ray
     from ray.exceptions import RayTaskError
 
-    try:
-        return ray.get(ray.remote(function).options(num_cpus=1).remote(*args))
-    except RayTaskError as error:
-        raise error.cause from None  # the function's own error, without Ray's frames around it
+    begun = ray.remote(function).options(num_cpus=1).remote(*args)
+
+    def wait() -> Any:
+        try:
+            return ray.get(begun)
+        except RayTaskError as error:
+            raise error.cause from None  # the function's own error, without Ray's frames around it
+
+    return wait
 
 
 def _workers(phase: Phase) -> str:

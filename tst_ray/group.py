@@ -29,7 +29,7 @@ from tst_ray.errors import RunError, UserError
 from tst_ray.job import Job, Place
 from tst_ray.journal import read_state
 from tst_ray.plan import Phase
-from tst_ray.session import worker_resources
+from tst_ray.session import away_from, worker_resources
 from tst_ray.storage import Storage
 from tst_ray.timeouts import COLLECTIVE_S
 
@@ -178,9 +178,7 @@ def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> A
             num_workers=world_size,
             use_gpu=gpus > 0,
             resources_per_worker=worker_resources(config),
-            label_selector=(
-                {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
-            ),
+            label_selector=away_from(without) or None,
         ),
         run_config=ray.train.RunConfig(
             # Ray Train would take a known name for a run of its own to restore.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tst_ray.aside import Aside
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
 from tst_ray.metrics import MetricsLog, drop_after, recent_records, try_event
@@ -111,10 +112,10 @@ class Journal:
 
     def __init__(self, run: Storage, plan: Plan, writer: Writer) -> None:
         self.run, self._plan, self._writer = run, plan, writer
-        self._hasty = run.hasty()  # the loop waits for it, and there is a next time
         self.attempt = int(patiently(lambda: read_state(run)).get("attempt", 0)) + 1
         self.account = Account(time.time())
         self._metrics: MetricsLog | None = None
+        self._aside = Aside("journal")
         self._stop: StopRequest | None = None
         self._state_at = 0.0
         self._eval_s = self._stall_s = 0.0
@@ -141,7 +142,7 @@ class Journal:
         self._stop = StopRequest(self.run)
         self._started_at = step
         # Where the reading of data begins; it may not be missing, or be of the attempt before.
-        patiently(lambda: self._write_state(step, self.run))
+        patiently(lambda: self._write_state(self._state(step)))
         details = {"nodes": list(self._writer.nodes)} if self._writer.nodes else {}
         self.event(
             "attempt",
@@ -183,16 +184,31 @@ class Journal:
         times = {f"time_{part}_s": seconds for part, seconds in self.account.parts.items()}
         self._metrics.write(told, times)
         every_s = _STATE_EVERY_S if self.run.is_local else _REMOTE_STATE_EVERY_S
-        if time.monotonic() - self._state_at > every_s:
-            self.write_state(record["step"])
+        state_is_due = time.monotonic() - self._state_at > every_s
+        if state_is_due or self._metrics.is_due():
+            state = self._state(record["step"]) if state_is_due else None
+            if self._aside.start(lambda: self._publish(state)) and state_is_due:
+                self._state_at = time.monotonic()
+
+    def _publish(self, state: dict[str, Any] | None) -> None:
+        """Beside the loop: make the lines stand, and replace run.json where there is a new one."""
+        if self._metrics is not None:
+            self._metrics.try_flush()
+        if state is not None:
+            self._try_state(state)
 
     def recent(self, count: int) -> list[dict[str, Any]]:
         """The last records logged; empty on ranks other than 0."""
         return recent_records(self.run, count) if self.writes else []
 
-    def flush(self) -> bool:
-        """Make all lines so far stand: a committed step is not trained again. Whether they do."""
-        return self._metrics is None or self._metrics.flush()
+    def flush(self) -> None:
+        """Make all lines so far stand: a committed step is not trained again. From any thread.
+
+        Raises:
+            OSError: storage does not take them.
+        """
+        if self._metrics is not None:
+            self._aside.do(self._metrics.flush)
 
     def stop_reason(self) -> str | None:
         """Why the driver wants the group to stop; None where it does not (or on other ranks)."""
@@ -209,18 +225,25 @@ class Journal:
         Raises:
             RunError: another attempt has taken over; this one must not write any more.
         """
-        self._state_at = time.monotonic()
+        state = self._state(step)
+        self._aside.do(lambda: self._try_state(state))
+
+    def _try_state(self, state: dict[str, Any]) -> None:
         try:
-            self._write_state(step, self._hasty)
+            self._write_state(state)
         except OSError as error:
             log.warning("%s stays as it was: %s", STATE, error)
 
-    def _write_state(self, step: int, run: Storage) -> None:
-        before = read_state(run)
+    def _write_state(self, state: dict[str, Any]) -> None:
+        before = read_state(self.run)
         if not self._is_current(before):
             raise RunError("another attempt of this run has taken over; this one ends")
+        self.run.write_json(STATE, {**state, "ray_address": before.get("ray_address")})
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What run.json says after `step` steps."""
         done = step >= self._plan.total_steps
-        state = {
+        return {
             "status": "running",
             "phase": self._plan.phases[-1].index if done else self._plan.phase_at(step).index,
             "step": step,
@@ -229,11 +252,9 @@ class Journal:
             "attempt": self.attempt,
             "attempt_from": self._started_at,
             "nodes": list(self._writer.nodes),
-            "ray_address": before.get("ray_address"),
             "updated": round(time.time(), 3),
             "time": self.account.to_dict(),
         }
-        run.write_json(STATE, state)
 
     def is_current(self) -> bool:
         """Whether no newer attempt has started."""
@@ -249,7 +270,7 @@ class Journal:
     def finish(self, step: int) -> None:
         """Say where the run stands at the end of this attempt."""
         if self._metrics is not None:
-            self.flush()
+            self._aside.do(self._metrics.try_flush)
             self.account.charge("checkpoint_stall", time.time())
             self.write_state(step)
 
@@ -257,6 +278,7 @@ class Journal:
         """Close the logs, however the attempt ended; no write may follow."""
         if self._stop is not None:
             self._stop.close()
+        self._aside.close()
         if self._metrics is not None:
             self._metrics.close()
 

@@ -1,7 +1,8 @@
 """What a run reports: one line a step in metrics.jsonl, and curves in TensorBoard.
 
-Rank 0 writes both. After a restart the lines of steps that will be trained again are dropped first,
-and TensorBoard is told to purge them, so each step stands once and curves go on where they were.
+Rank 0 writes both, from threads beside the loop. After a restart the lines of steps that will be
+trained again are dropped first, and TensorBoard is told to purge them, so each step stands once and
+curves go on where they were.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class MetricsLog:
     def __init__(self, run: Storage, step: int, tensorboard_every: int, config_text: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run, self._hasty, self._every = run, run.hasty(), tensorboard_every
+        self._run, self._every = run, tensorboard_every
         self._pending: list[str] = []
         self._flushed_at, self._flush_s = time.monotonic(), 0.0
         _wait_for_a_later_name(run / TENSORBOARD)
@@ -72,15 +73,12 @@ class MetricsLog:
             self._board.add_text("config", f"```yaml\n{config_text}\n```", 1)
 
     def write(self, record: dict[str, Any], curves: dict[str, Any] | None = None) -> None:
-        """Add one step's record, and what is drawn beside it but not logged.
+        """Add one step's record, to be flushed, and what is drawn beside it but not logged.
 
-        Storage that takes no more (a full disk) keeps no step from being trained: lines wait until
-        it does, and are lost only with this process, when their steps are trained again.
+        Lines wait where storage takes none (a full disk), and are lost only with this process, when
+        their steps are trained again.
         """
         self._pending.append(json.dumps(_finite(record)) + "\n")
-        every_s = max(_REMOTE_FLUSH_S, self._flush_s / _FLUSH_SHARE)
-        if self._run.is_local or time.monotonic() - self._flushed_at > every_s:
-            self._flush(self._hasty)
         if record["step"] % self._every == 0 or "val_loss" in record:
             self._draw({**record, **(curves or {})})
 
@@ -92,28 +90,40 @@ class MetricsLog:
         except OSError as error:  # the writer's thread met it, and tells at the next point
             log.warning("TensorBoard's curves miss points: %s", error)
 
-    def flush(self) -> bool:
-        """Make what was written so far visible to readers; whether that went well."""
-        return self._flush(self._run)
+    def is_due(self) -> bool:
+        """Whether lines have waited long enough to be worth a flush."""
+        every_s = max(_REMOTE_FLUSH_S, self._flush_s / _FLUSH_SHARE)
+        return self._run.is_local or time.monotonic() - self._flushed_at > every_s
 
-    def _flush(self, run: Storage) -> bool:
-        if not self._pending:
-            return True
+    def flush(self) -> None:
+        """Make what was written so far stand; in one thread at a time, while others write.
+
+        Raises:
+            OSError: storage does not take it; it waits for the next flush.
+        """
+        lines = self._pending[:]
+        if not lines:
+            return
         started = time.monotonic()
         try:
-            run.append(METRICS, "".join(self._pending))
+            self._run.append(METRICS, "".join(lines))
         except OSError as error:
-            log.warning("%d lines of %s wait for storage: %s", len(self._pending), METRICS, error)
-            return False
+            raise OSError(f"{len(lines)} lines of {METRICS} wait for storage: {error}") from error
         finally:
             self._flushed_at = time.monotonic()
         self._flush_s = self._flushed_at - started
-        self._pending = []
-        return True
+        del self._pending[: len(lines)]
+
+    def try_flush(self) -> None:
+        """Flush; lines that storage does not take are a warning, and wait."""
+        try:
+            self.flush()
+        except OSError as error:
+            log.warning("%s", error)
 
     def close(self) -> None:
         """Flush and close; no write may follow."""
-        self.flush()
+        self.try_flush()
         try:
             self._board.close()
         except OSError as error:

@@ -123,6 +123,6 @@ class Room:
     def ask(self) -> None:
         """Ask an autoscaler for as many workers as there may be; it may not hear, or be none."""
         try:
-            ask_autoscaler(self._config, self.most)
+            ask_autoscaler(self._config, self.most, self.without)
         except Exception as error:
             log.warning("the autoscaler was not asked: %s", error)

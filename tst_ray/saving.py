@@ -157,8 +157,6 @@ class Saving:
         self._wait_for(saver, step)
         if saver is self.storage:
             self._saved_at = time.monotonic()
-        # A committed step is not trained again, so its line must stand.
-        written = self._journal.flush()
         self._expect("save" if saver.background else COMMIT, step)
         data_tokens, latent_tokens = self._job.plan.tokens_after(step)
         meta = {
@@ -170,7 +168,7 @@ class Saving:
             step,
             self._state(),
             meta,
-            problem=None if written else OSError("the lines of its steps cannot be written"),
+            first=self._journal.flush,  # a committed step is not trained again: its line must stand
             prune=not is_suspicious,  # a run may have to go back behind it
         )
         self._journal.timing(stall_s=time.perf_counter() - started)

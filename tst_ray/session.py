@@ -361,17 +361,31 @@ def free_room(config: Config, most: int, without: Collection[str]) -> int:
     return workers_that_fit(nodes, worker_resources(config), config.cluster.data_cpus, most)
 
 
-def ask_autoscaler(config: Config, num_workers: int) -> None:
+def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = ()) -> None:
     """Ask an autoscaler, if there is one, for room for so many workers and for reading; 0 lets go.
+
+    Args:
+        without: nodes that are no room: others are started in their place, where the autoscaler
+            knows label selectors (Ray's second version).
 
     See https://docs.ray.io/en/latest/cluster/running-applications/autoscaling/reference.html.
     """
     from ray.autoscaler.sdk import request_resources
 
     bundles = [worker_resources(config)] * num_workers
+    selectors = [away_from(without)] * num_workers
     if num_workers:
-        bundles = [*bundles, *[{"CPU": 1.0}] * config.cluster.data_cpus]
-    request_resources(bundles=bundles)
+        bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
+        selectors += [{}] * config.cluster.data_cpus
+    request_resources(bundles=bundles, bundle_label_selectors=selectors)
+
+
+def away_from(nodes: Collection[str]) -> dict[str, str]:
+    """The label selector that keeps off some nodes, by Ray's ids.
+
+    See https://docs.ray.io/en/latest/ray-core/scheduling/labels.html.
+    """
+    return {"ray.io/node-id": f"!in({','.join(sorted(nodes))})"} if nodes else {}
 
 
 def worker_resources(config: Config) -> dict[str, float]:

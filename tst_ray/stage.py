@@ -302,8 +302,8 @@ class Stage:
     def _wait_for_room(self) -> int:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least = self.room.least
-        self.room.ask()
         self._leave_out()
+        self.room.ask()
         room = steadily(self.room.now)
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
@@ -317,8 +317,8 @@ class Stage:
                 charge(self.run, "waiting_for_nodes")
                 if time.monotonic() - asked_at > _ASK_AGAIN_S:  # a cluster keeps one request alone,
                     asked_at = time.monotonic()  # and another run's end takes it back
-                    self.room.ask()
                     self._leave_out()  # fewer others may be left, and the node do after all
+                    self.room.ask()
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)

@@ -67,12 +67,6 @@ class Storage:
         self.path = self.path.rstrip("/")
         self._pauses_s: tuple[float, ...] = () if self.is_local else _PAUSES_S
 
-    def hasty(self) -> Storage:
-        """The same folder for what may be left undone: what fails is not tried again."""
-        hasty = Storage(self.url)
-        hasty._pauses_s = ()
-        return hasty
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (Storage, (self.url,))
 

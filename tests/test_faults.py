@@ -23,7 +23,7 @@ from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray.checkpoint import MARKER, committed
 from tst_ray.errors import RunError
 from tst_ray.job import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place
-from tst_ray.journal import read_passed_over, read_state, request_stop
+from tst_ray.journal import read_passed_over, read_state, request_stop, update_state
 from tst_ray.metrics import MetricsLog
 from tst_ray.storage import Storage
 from tst_ray.timeouts import STOP_POLL_S
@@ -338,6 +338,24 @@ def after(event: threading.Event, original: Any) -> Any:
         original(storage, name, content)
 
     return method
+
+
+def test_a_loop_that_is_overtaken_does_not_go_on(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the journal meets beside the loop ends the loop, at one of the next steps."""
+    monkeypatch.setattr("tst_ray.journal._STATE_EVERY_S", 0.0)
+    job = tiny_job(tmp_path, manifest, checkpoint__every=1000)
+    begun: list[int] = []
+
+    def overtake(step: int) -> None:
+        begun.append(step)
+        if step == 5:
+            update_state(Storage(job.run_url), attempt=99)
+
+    with pytest.raises(RunError, match="another attempt of this run has taken over"):
+        train_on(job, overtake)
+    assert 5 < begun[-1] < STEPS - 1
 
 
 def test_the_lines_of_a_committed_step_stand(

@@ -260,6 +260,16 @@ def test_a_server_whose_children_would_be_alike_does_not_serve() -> None:
     assert "same random numbers" in alike
 
 
+def test_no_import_of_a_server_opens_a_gpu() -> None:
+    """As far as torch lets it be told: a forked process could not use what its parent opened."""
+    code = (
+        "import os; from tst_ray import forkserver as f; {}; "
+        "print(os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'])"
+    )
+    for imports in ("f._FOR_THE_NODE = (); f._import_for_the_node()", "f._import_for_a_job()"):
+        assert run_server(code.format(imports)) == "1"
+
+
 def test_a_server_with_threads_does_not_serve() -> None:
     code = (
         "import threading; from tst_ray import forkserver as f; stop = threading.Event(); "
@@ -270,8 +280,8 @@ def test_a_server_with_threads_does_not_serve() -> None:
 
 def test_a_server_ends_with_its_parent_and_when_nobody_needs_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from tst_ray import forkserver as f; f._IDLE_S = {}; "
-        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), lambda: None)"
+        "import sys; from tst_ray import forkserver as f; "
+        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), {}, lambda: None)"
     )
     for idle_s, parent in ((0.1, "sys.stdin.read()"), (1e9, "")):
         server = [sys.executable, "-c", code.format(idle_s), str(tmp_path / "socket")]
@@ -321,7 +331,7 @@ def test_a_server_that_must_not_be_forked_says_so_to_every_client(
     address = str(tmp_path / "socket")
     code = (
         "import sys; from tst_ray import forkserver as f; "
-        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), lambda: 'no')"
+        "f.serve(f.forkclient.listen(sys.argv[1]).detach(), int(sys.argv[2]), 60, lambda: 'no')"
     )
     with (tmp_path / "printed").open("w") as printed:
         command = [sys.executable, "-c", code, address, str(os.getpid())]

@@ -193,6 +193,26 @@ def test_what_keeps_the_supervisor_from_its_work_does_not_end_the_group(
     assert stage._one_attempt() == Ended(8, DONE)
 
 
+def test_events_of_an_object_store_are_joined_while_a_group_trains(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is an object of its own, and a run of months has thousands."""
+    stage = Supervised(tmp_path, manifest, "1")
+    stage.run = Storage(f"memory://{tmp_path.name}/run")
+    monkeypatch.setattr("tst_ray.stage.draining_nodes", set)
+    monkeypatch.setattr(stage, "_should_grow", lambda world_size: False)
+    told = [{"event": "checkpoint", "step": step} for step in (10, 20)]
+    for event in told:
+        stage.run.add("events.jsonl", json.dumps(event) + "\n")
+    beside = stage.run / "events.jsonl.d"
+    stage._supervise(1, started=time.monotonic())
+    assert len(beside.names()) == 2, "not at each look"
+    stage._folded_at -= 601.0
+    stage._supervise(1, started=time.monotonic())
+    assert beside.names() == []
+    assert stage.run.read_lines("events.jsonl") == told
+
+
 def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

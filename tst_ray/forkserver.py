@@ -13,7 +13,7 @@ runtime environment names; here that is the client. The first one on a node beco
 for each environment, since modules may take settings from it as they are imported. The driver of a
 local Ray starts it itself, ahead of Ray. Each job has a server of its own, since Ray takes its job
 from the environment as it is imported; what takes longest is there when the next run begins. A
-server ends with its parent, or a minute after its last child. Python's own
+server ends with its parent, or ten minutes (a job's: one) after its last child. Python's own
 `multiprocessing.forkserver` is the same idea, for Python's children.
 
 Where anything goes wrong, or takes too long, the client becomes an ordinary worker process, so
@@ -56,7 +56,7 @@ _FOR_A_JOB = (
 _OWN_INTERPRETER = ("pip", "uv", "conda", "container", "image_uri", "py_executable")
 _LOOK_S = 1.0
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}  # Arrow's; it has its own handlers of forks
-_IDLE_S = 60.0
+_NODE_IDLE_S, _JOB_IDLE_S = 600.0, 60.0
 
 
 # -- the driver's side -----------------------------------------------------------------------------
@@ -155,20 +155,21 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
     _import_for_the_node()
-    _, job = serve(int(sys.argv[1]), int(sys.argv[2]), _why_not_fork)
+    _, job = serve(int(sys.argv[1]), int(sys.argv[2]), _NODE_IDLE_S, _why_not_fork)
     _import_for_a_job()
-    sys.argv, _ = serve(job, os.getppid(), lambda: _why_not_fork() or _why_alike())
+    sys.argv, _ = serve(job, os.getppid(), _JOB_IDLE_S, lambda: _why_not_fork() or _why_alike())
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def serve(
-    listener_fd: int, parent: int, why_not: Callable[[], str | None]
+    listener_fd: int, parent: int, idle_s: float, why_not: Callable[[], str | None]
 ) -> tuple[list[str], int]:
-    """Fork a child for each client until the parent is gone, or no child is left.
+    """Fork a child for each client until the parent is gone, or none has come for a while.
 
     Args:
         listener_fd: the socket that clients connect to, as `forkclient.listen` makes it.
         parent: the process id of the parent.
+        idle_s: how long it serves without a child, in case another is wanted.
         why_not: what makes children of this process unsafe, if anything does; asked once.
 
     Returns:
@@ -181,7 +182,7 @@ def serve(
     needed = time.monotonic()
     with socket.socket(fileno=listener_fd) as listener:
         listener.settimeout(_LOOK_S)
-        while os.getppid() == parent and time.monotonic() - needed < _IDLE_S:
+        while os.getppid() == parent and time.monotonic() - needed < idle_s:
             if _has_children():
                 needed = time.monotonic()
             try:
@@ -223,8 +224,6 @@ def _has_children() -> bool:
 
 def _import_for_the_node() -> None:
     """Import what knows nothing of Ray."""
-    # Looking for GPUs must not open them: a child could then not use them.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     kind = os.environ.get(_MODEL_TYPE)
     _import([*_FOR_THE_NODE, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])])
 
@@ -254,6 +253,8 @@ def _import(names: Iterable[str]) -> None:
     import gc
     import importlib
 
+    # Looking for GPUs must not open them: a child could then not use them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for name in names:
         try:
             importlib.import_module(name)

@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
 _ASK_AGAIN_S = 30.0
+_FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a reader reads them all
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
 _EVENTS_BYTES = 1 << 20  # of some days
@@ -141,6 +142,7 @@ class Stage:
         self._asked_at = 0.0
         self._resized_at = time.monotonic()
         self._looked_at = 0.0
+        self._folded_at = time.monotonic()
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
@@ -354,6 +356,9 @@ class Stage:
         if not self._trains and self._steps_of_group():
             self._trains, self._trains_since = True, time.monotonic()
             self._start_s = self._trains_since - started
+        if time.monotonic() - self._folded_at > _FOLD_EVERY_S:
+            self._folded_at = time.monotonic()
+            self.run.fold(EVENTS)
         if self._asked is not None:
             return
         if self._interrupts.by is not None:

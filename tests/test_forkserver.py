@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cluster.processes import signal_ray_worker
 from tst_ray import forkclient, forkserver
 
 CLIENT = [sys.executable, "-S", "-E", forkclient.__file__]
@@ -143,6 +144,30 @@ def test_the_jobs_of_a_node_find_one_server_and_other_environments_another(
     assert len(found) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert forkclient._address(asked) not in found
+
+
+def test_a_worker_is_known_for_one_of_the_raylet_that_its_driver_started(
+    address: dict[str, str], folders: tuple[Path, Path]
+) -> None:
+    """Faults are for the workers of one cluster; a driver starts the servers and the raylet."""
+    worker = start_what_stays(folders[0], address)
+    stays = [sys.executable, "-c", "import time; time.sleep(1e6)"]
+    starts = f"import subprocess, sys; p = subprocess.Popen({stays!r}); print(p.pid, flush=True); "
+    with (
+        subprocess.Popen(stays) as raylet,
+        subprocess.Popen(
+            [sys.executable, "-c", starts + "p.wait()"], stdout=subprocess.PIPE
+        ) as other_driver,
+    ):
+        assert other_driver.stdout is not None
+        other_raylet = int(other_driver.stdout.readline())
+        try:
+            signal_ray_worker(worker, 0, raylet.pid)
+            with pytest.raises(ProcessLookupError):
+                signal_ray_worker(worker, 0, other_raylet)
+        finally:
+            for pid in (raylet.pid, other_raylet):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_what_it_prints_goes_where_the_clients_goes(

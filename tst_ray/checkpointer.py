@@ -92,7 +92,7 @@ class Checkpointer:
         Args:
             state: tensors, DTensors and plain values by name; may change once this returns.
             meta: what meta.json says besides step, world size and files.
-            first: what must be done before it is written; if it cannot, all ranks fail together.
+            first: done before it is written, in its thread; where it raises, all ranks fail.
             prune: whether older checkpoints may go once this one is committed.
         """
         started = time.perf_counter()

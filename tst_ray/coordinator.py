@@ -385,7 +385,7 @@ def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Begin a call as a Ray task, or let it be done here where there is no Ray; waits for it."""
+    """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray."""
     if backend == "inline":
         return lambda: function(*args)
     import ray

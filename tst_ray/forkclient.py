@@ -37,7 +37,6 @@ def start(arguments: list[str]) -> None:
 
 def _ask(arguments: list[str]) -> None:
     with _connection(_address(arguments)) as server:
-        server.settimeout(_ANSWER_S)
         _send(server, arguments, [0, 1, 2])
         try:
             answer = server.recv(1)
@@ -132,6 +131,7 @@ def _locked(address: str) -> IO[bytes]:
 
 def _connect(address: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(_ANSWER_S)
     connection.connect(address)
     return connection
 

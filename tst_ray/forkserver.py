@@ -155,7 +155,7 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
     _import_for_the_node()
-    _, job = serve(int(sys.argv[1]), int(sys.argv[2]), _NODE_IDLE_S, _why_not_fork)
+    _, (job,) = serve(int(sys.argv[1]), int(sys.argv[2]), _NODE_IDLE_S, _why_not_fork)
     _import_for_a_job()
     sys.argv, _ = serve(job, os.getppid(), _JOB_IDLE_S, lambda: _why_not_fork() or _why_alike())
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -163,7 +163,7 @@ def main() -> None:
 
 def serve(
     listener_fd: int, parent: int, idle_s: float, why_not: Callable[[], str | None]
-) -> tuple[list[str], int]:
+) -> tuple[list[str], list[int]]:
     """Fork a child for each client until the parent is gone, or none has come for a while.
 
     Args:
@@ -173,8 +173,8 @@ def serve(
         why_not: what makes children of this process unsafe, if anything does; asked once.
 
     Returns:
-        in each child, and nowhere else: what it is to run; or nothing, and the socket of the job
-        that it is to serve.
+        in each child, and nowhere else: what it is to run, and no descriptor; or nothing, and that
+        of the socket where it is to serve a job.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     problem = why_not()
@@ -334,7 +334,7 @@ def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any
 
 def _become(
     request: dict[str, Any], descriptors: list[int], connection: socket.socket
-) -> tuple[list[str], int]:
+) -> tuple[list[str], list[int]]:
     """Take on what makes a process the one that a client was to be, tell the client, and go on.
 
     A child whose client has gone, and has become that process itself, ends. A job's server serves
@@ -346,12 +346,12 @@ def _become(
     import numpy as np
 
     arguments: list[str] = request["arguments"]
-    is_worker = bool(arguments)  # and not a job's server
+    streams, sockets = (descriptors, []) if arguments else ([], descriptors)
     try:
         os.setpgid(0, 0)  # a raylet ends a worker with its whole process group
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-        for number, stream in enumerate(descriptors if is_worker else ()):
+        for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
@@ -363,9 +363,9 @@ def _become(
             file.write(request["oom_score"])
         random.seed()
         np.random.seed()
-        if is_worker:
+        if arguments:
             connection.send(b"1")
     except BaseException as error:
         _tell(error)
         os._exit(1)
-    return arguments, -1 if is_worker else descriptors[0]
+    return arguments, sockets

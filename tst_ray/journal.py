@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tst_ray.aside import Aside
+from tst_ray.background import Background
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
 from tst_ray.metrics import MetricsLog, drop_after, recent_records, try_event
@@ -115,7 +115,7 @@ class Journal:
         self.attempt = int(patiently(lambda: read_state(run)).get("attempt", 0)) + 1
         self.account = Account(time.time())
         self._metrics: MetricsLog | None = None
-        self._aside = Aside("journal")
+        self._background = Background("journal")
         self._stop: StopRequest | None = None
         self._state_at = 0.0
         self._eval_s = self._stall_s = 0.0
@@ -187,7 +187,7 @@ class Journal:
         state_is_due = time.monotonic() - self._state_at > every_s
         if state_is_due or self._metrics.is_due():
             state = self._state(record["step"]) if state_is_due else None
-            if self._aside.start(lambda: self._publish(state)) and state_is_due:
+            if self._background.start(lambda: self._publish(state)) and state_is_due:
                 self._state_at = time.monotonic()
 
     def _publish(self, state: dict[str, Any] | None) -> None:
@@ -208,7 +208,7 @@ class Journal:
             OSError: storage does not take them.
         """
         if self._metrics is not None:
-            self._aside.do(self._metrics.flush)
+            self._background.run(self._metrics.flush)
 
     def stop_reason(self) -> str | None:
         """Why the driver wants the group to stop; None where it does not (or on other ranks)."""
@@ -226,7 +226,7 @@ class Journal:
             RunError: another attempt has taken over; this one must not write any more.
         """
         state = self._state(step)
-        self._aside.do(lambda: self._try_state(state))
+        self._background.run(lambda: self._try_state(state))
 
     def _try_state(self, state: dict[str, Any]) -> None:
         try:
@@ -270,7 +270,7 @@ class Journal:
     def finish(self, step: int) -> None:
         """Say where the run stands at the end of this attempt."""
         if self._metrics is not None:
-            self._aside.do(self._metrics.try_flush)
+            self._background.run(self._metrics.try_flush)
             self.account.charge("checkpoint_stall", time.time())
             self.write_state(step)
 
@@ -278,7 +278,7 @@ class Journal:
         """Close the logs, however the attempt ended; no write may follow."""
         if self._stop is not None:
             self._stop.close()
-        self._aside.close()
+        self._background.close()
         if self._metrics is not None:
             self._metrics.close()
 

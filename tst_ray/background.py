@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 
-class Aside:
+class Background:
     """Does one thing after another in a thread of its own.
 
     Args:
@@ -21,7 +21,7 @@ class Aside:
         self._last: Future[Any] | None = None
 
     def start(self, action: Callable[[], Any]) -> bool:
-        """Start an action; not while the last one that was started is at it. Whether it did.
+        """Start an action, unless the one that was started last is not done; whether it was.
 
         Raises:
             Exception: what that last one raised.
@@ -33,8 +33,8 @@ class Aside:
         self._last = self._pool.submit(action)
         return True
 
-    def do(self, action: Callable[[], Value]) -> Value:
-        """Do an action after all that was started; what it returns or raises. From any thread."""
+    def run(self, action: Callable[[], Value]) -> Value:
+        """Wait for an action, after all before it; what it returns or raises. From any thread."""
         return self._pool.submit(action).result()
 
     def close(self) -> None:

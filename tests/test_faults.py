@@ -350,7 +350,7 @@ def test_a_loop_that_is_overtaken_does_not_go_on(
 
     def overtake(step: int) -> None:
         begun.append(step)
-        if step == 5:
+        if step >= 5:  # one alone might be replaced by what is just being written
             update_state(Storage(job.run_url), attempt=99)
 
     with pytest.raises(RunError, match="another attempt of this run has taken over"):

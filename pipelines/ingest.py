@@ -4,6 +4,7 @@
     read task (chunk, rank)    gathers that rank's rows of a few steps   Feed.rows
     BaggingPreprocessor        folds them into bags                      (bagging.py)
     streaming_split            block b goes to rank b mod world_size
+    local_batches              cuts a rank's blocks into its batches, one a step
     check_batch                the worker compares what came with what the plan says
 
 A block holds one rank's rows of one chunk of steps, so blocks are large (Ray Data pays 20–30 ms of
@@ -87,6 +88,10 @@ class Feed:
     def rows_per_rank(self, world_size: int) -> int:
         """Rows of a local batch, filler rows included; the same on every rank."""
         return rows_per_rank(self.order.cuts[self.phase].num_sequences, world_size)
+
+    def rows_per_block(self, world_size: int) -> int:
+        """Rows of a block; the last one of a dataset may have fewer."""
+        return self._chunk_steps(world_size) * self.rows_per_rank(world_size)
 
     def parts(self, most_workers: int) -> list[tuple[int, int]]:
         """[first, last) steps of the datasets that a phase is read as, one after the other.
@@ -232,8 +237,8 @@ def read_inline(
 def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) -> Any:
     """A Ray dataset of steps [start_step, last_step); its block b is for rank b mod `world_size`.
 
-    Hand it to `streaming_split(world_size, equal=True)` with `preserve_order` set, and iterate
-    each split in batches of `feed.rows_per_rank(world_size)` rows: one a step.
+    Hand it to `streaming_split(world_size, equal=True)` with `preserve_order` set, and each split
+    to `local_batches`.
     """
     import ray.data
 
@@ -247,6 +252,21 @@ def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) ->
     # A block that Ray Data cut for its size would count as two, and ranks get each other's rows.
     dataset.context.target_max_block_size = None
     return dataset
+
+
+def local_batches(split: Any, feed: Feed, world_size: int) -> Iterator[Columns]:
+    """One rank's local batches, one a step, from its split of a `ray_dataset`.
+
+    They are views of a whole block. Were Ray Data to cut it, each step would pass through three
+    threads of this process, which compete with the loop for Python's lock: a millisecond a step.
+    """
+    height = feed.rows_per_rank(world_size)
+    blocks = split.iter_batches(
+        batch_size=feed.rows_per_block(world_size), batch_format="numpy", prefetch_batches=1
+    )
+    for block in blocks:
+        for start in range(0, len(block["slot"]), height):
+            yield {name: column[start : start + height] for name, column in block.items()}
 
 
 def _datasource(feed: Feed, chunks: list[tuple[int, int]], world_size: int) -> Any:

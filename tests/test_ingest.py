@@ -21,6 +21,7 @@ from pipelines.ingest import (
     BatchMismatch,
     Feed,
     check_batch,
+    local_batches,
     ray_dataset,
     read_inline,
 )
@@ -181,10 +182,7 @@ def test_ray_data_deals_each_rank_its_batches(
     came: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
 
     def consume(rank: int) -> None:
-        batches = splits[rank].iter_batches(
-            batch_size=feed.rows_per_rank(world_size), batch_format="numpy"
-        )
-        came[rank] = list(batches)
+        came[rank] = list(local_batches(splits[rank], feed_small, world_size))
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -271,11 +269,12 @@ def test_datasets_follow_each_other_and_the_old_ones_end(
     feed = make_feed(manifest)
     (tmp_path / "run.json").write_text('{"step": 1}')
     data = _phase_data(str(tmp_path))
-    actors, came = [], []
+    actors: list[Any] = []
+    came: list[Any] = []
     for first, last in [(0, 2), (2, 4), (4, 6), (6, 9)]:
         (shards,) = data.configure({"part": _Part(feed, first, last)}, 1)
         actors.append(shards["part"]._coord_actor)
-        came += list(shards["part"].iter_batches(batch_size=SEQUENCES, batch_format="numpy"))
+        came += local_batches(shards["part"], feed, 1)
     for step, batch in enumerate(came, start=1):
         check_batch(batch, feed, step, 0, 1)
     assert len(came) == STEPS - 1

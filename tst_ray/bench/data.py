@@ -185,16 +185,22 @@ def _loaders(
 ) -> Iterator[tuple[str, Callable[[int], Iterator[Any]]]]:
     """Loaders of so many steps of tokens (int64), in a random order: ours, torch's, MosaicML's."""
     length = _LENGTH * s + s
-    yield "Ray Data", lambda steps: _through_ray(_feed(manifest, s, steps), 0)
+    yield (
+        "Ray Data",
+        lambda steps: (
+            batch["tokens"].astype(np.int64) for batch in _through_ray(_feed(manifest, s, steps), 0)
+        ),
+    )
     yield "torch's DataLoader", lambda steps: _mapped(folder, length, steps)
     if importlib.util.find_spec("streaming"):
         yield "MosaicML streaming", lambda steps: _mosaic(folder, length, steps)
 
 
 def _through_ray(feed: Feed, step: int) -> Iterator[Any]:
+    """Local batches as one worker has them."""
     import ray.data
 
-    from pipelines.ingest import ray_dataset
+    from pipelines.ingest import local_batches, ray_dataset
 
     for first, last in feed.parts(1):
         if last <= step:
@@ -203,10 +209,7 @@ def _through_ray(feed: Feed, step: int) -> Iterator[Any]:
         dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
         dataset.context.enable_progress_bars = False
         (split,) = dataset.streaming_split(1, equal=True)
-        for batch in split.iter_batches(
-            batch_size=_SEQUENCES, batch_format="numpy", prefetch_batches=4
-        ):
-            yield batch["tokens"].astype(np.int64)
+        yield from local_batches(split, feed, 1)
 
 
 def _mapped(folder: str, length: int, steps: int) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from tst_ray.checkpoint import (
 )
 from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
-from tst_ray.sharded import read_full
+from tst_ray.sharded import read_full, write
 from tst_ray.storage import Storage
 
 
@@ -200,6 +200,23 @@ def test_the_same_step_can_be_saved_again_after_an_interruption(root: Storage) -
     (root / folder_name(10)).write("__0_0.distcp", b"half")
     save_steps(root, 10)
     assert restored(root, Events())[0] == 10
+
+
+def test_files_that_storage_does_not_have_are_not_committed(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose node has not mounted the shared folder writes to one of its own."""
+    save_steps(root, 10)
+    own = tmp_path / "own"
+    own.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "tst_ray.sharded.write", lambda staged, folder, group: write(staged, own, group)
+        )
+        (told,) = save_steps(root, 20, keep=1)
+    assert told[0] == "checkpoint_failed" and "is missing" in told[1]["error"]
+    assert restored(root, Events())[0] == 10
+    assert save_steps(root, 20).kinds() == ["checkpoint"]
 
 
 def test_a_failed_save_is_an_event_and_the_next_one_works(root: Storage) -> None:

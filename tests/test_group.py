@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.errors import DataError, Unreadable
-from pipelines.ingest import BatchMismatch, Feed
+from pipelines.ingest import BatchMismatch, Columns, Feed
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import RunError
 from tst_ray.group import Group, GroupFailed, Reading, train_worker
@@ -22,9 +23,10 @@ PATIENCE_S = 60.0
 
 
 class Shards:
-    """Stands in for Ray Train's datasets: their batches are numbers, and each opening is noted."""
+    """Stands in for Ray Train's datasets, of one block each; each opening is noted."""
 
-    def __init__(self, lengths: dict[str, int]) -> None:
+    def __init__(self, lengths: dict[str, int], height: int) -> None:
+        self.height = height
         self.lengths, self.opened = lengths, dict.fromkeys(lengths, 0)
         self.event = {name: threading.Event() for name in lengths}
 
@@ -34,12 +36,19 @@ class Shards:
         shards, length = self, self.lengths[name]
 
         class Shard:
-            def iter_batches(self, **options: Any) -> Iterator[tuple[str, int]]:
+            def iter_batches(self, **options: Any) -> Iterator[Columns]:
                 if shards.lengths[name] < 0:
                     raise OSError("no such place")
-                return iter([(name, number) for number in range(length)])
+                number = np.repeat(np.arange(length), shards.height)
+                yield {"slot": number, "name": np.full(len(number), name)}
 
         return Shard()
+
+    def named(self, batch: Columns) -> tuple[str, int]:
+        """The dataset that a batch is of, and its number there."""
+        ((name, number),) = {*zip(batch["name"].tolist(), batch["slot"].tolist(), strict=True)}
+        assert len(batch["slot"]) == self.height
+        return name, number
 
 
 @pytest.fixture
@@ -62,7 +71,8 @@ def reading(
             f"phase-{phase.index}-from-{step}": 2
             for phase in (bags, tokens)
             for step in range(phase.first_step, phase.last_step, 2)
-        }
+        },
+        job.feeds[0].rows_per_rank(1),
     )
     monkeypatch.setattr("ray.train.get_dataset_shard", shards.get)
     yield Reading(job, Place()), shards, job.plan
@@ -72,7 +82,11 @@ def test_all_parts_come_in_order_and_each_is_opened_once(
     reading: tuple[Reading, Shards, Any],
 ) -> None:
     reader, shards, plan = reading
-    came = [batch for phase in plan.phases for batch in reader.batches(phase, phase.first_step)]
+    came = [
+        shards.named(batch)
+        for phase in plan.phases
+        for batch in reader.batches(phase, phase.first_step)
+    ]
     assert came == [(name, number) for name in shards.lengths for number in range(2)]
     assert set(shards.opened.values()) == {1}
 
@@ -84,7 +98,8 @@ def test_the_next_part_is_opened_while_this_one_is_read(
     reader, shards, plan = reading
     names = list(shards.lengths)
     for phase in plan.phases:
-        for step, (name, number) in enumerate(reader.batches(phase, phase.first_step)):
+        for step, batch in enumerate(reader.batches(phase, phase.first_step)):
+            name, number = shards.named(batch)
             following = names[names.index(name) + 1 :][:1]
             for other in following:
                 if number == 1:
@@ -188,6 +203,37 @@ def test_a_failure_names_the_ranks_and_what_their_node_may_have_done(tmp_path: P
     other_died = ActorDiedError()  # one of Ray Data's, say, that this worker talked to
     other_died.tst_ray_node = "node a"
     assert ranks(r0=Wrapped(other_died), r1=ActorDiedError()) == {1: None}
+
+
+def test_a_worker_on_a_node_that_does_not_see_the_run_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would mark every checkpoint as damaged, for all that it can see."""
+
+    class Here:
+        def get_node_id(self) -> str:
+            return "node b"
+
+        def get_world_rank(self) -> int:
+            return 0
+
+        def get_world_size(self) -> int:
+            return 1
+
+    manifest = make_corpus(tmp_path / "text")
+    job = make_job(make_config(tmp_path, manifest), manifest)
+    monkeypatch.setattr("ray.train.get_context", Here)
+    monkeypatch.setattr("ray.get_runtime_context", Here)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    monkeypatch.setattr("tst_ray.worker.train", lambda job, place, batches: "trained")
+    with pytest.raises(
+        RuntimeError, match=r"node 10\.0\.0\.7 does not see .*is not mounted"
+    ) as caught:
+        train_worker({"job": job})
+    assert caught.value.tst_ray_node == "node b"  # type: ignore[attr-defined]
+    Storage(job.run_url).write("run.json", "{}")
+    assert train_worker({"job": job}) == "trained"
 
 
 def test_what_a_worker_raises_says_on_which_node(monkeypatch: pytest.MonkeyPatch) -> None:

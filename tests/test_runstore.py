@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +62,7 @@ def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode != 0
     assert "another driver holds this run (process" in second.stderr
+    assert f"if its machine is gone, remove {run.at('driver.lock')}" in second.stderr
     assert "held" not in second.stdout
     with open_run(config):
         pass
@@ -89,6 +93,35 @@ def test_on_remote_storage_a_lease_keeps_others_out_until_it_ends() -> None:
     with hold(run), refusal, hold(run):
         pass
     with hold(run):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_shared_folder_without_locks_is_leased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """NFS without its lock daemon, Lustre mounted without flock."""
+    run = Storage(str(tmp_path))
+
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    refusal = pytest.raises(RunError, match=r"another driver .* try again in \d+ seconds")
+    with hold(run), refusal, hold(run):
+        pass
+    with hold(run):
+        pass
+
+
+def test_what_else_keeps_a_lock_from_being_taken_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), hold(Storage(str(tmp_path))):
         pass
 
 

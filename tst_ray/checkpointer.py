@@ -29,6 +29,7 @@ from tst_ray.checkpoint import (
     one_line,
     remove,
     step_of,
+    verify_file,
 )
 from tst_ray.storage import Storage
 
@@ -197,6 +198,11 @@ class Checkpointer:
             {"format": 1, "step": step, "world_size": self._ranks.size, **meta, "files": files},
             indent=2,
         )
+        for entry in files if self.root.is_local else ():
+            # Each rank hashed what it wrote; where it has not mounted the shared folder, that is
+            # in one of its own, of the same name.
+            if (problem := verify_file(folder, entry, contents=False)) is not None:
+                raise OSError(f"{folder.url}: {problem}")
         folder.write(META, content)
         if not self._is_current():
             raise OSError("another attempt of this run has taken over")

@@ -158,8 +158,10 @@ def listen(address: str) -> socket.socket:
         os.unlink(address)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o077)
-    listener.bind(address)
-    os.umask(before)
+    try:
+        listener.bind(address)
+    finally:  # a path can be too long for it, and the process goes on to write a run's files
+        os.umask(before)
     listener.listen(_BACKLOG)
     return listener
 

@@ -22,12 +22,13 @@ from itertools import chain, islice, pairwise
 from typing import Any
 
 from pipelines.errors import DataError, Unreadable
-from pipelines.ingest import Feed
+from pipelines.ingest import Feed, local_batches
 from pipelines.storage import locate
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
 from tst_ray.job import Job, Place
-from tst_ray.journal import read_state
+from tst_ray.journal import STATE, read_state
+from tst_ray.network import talk_where_ray_does
 from tst_ray.plan import Phase
 from tst_ray.session import away_from, worker_resources
 from tst_ray.storage import Storage
@@ -153,7 +154,7 @@ def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> A
     See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     config: Config = job.config
     gpus = config.cluster.gpus_per_worker
@@ -188,11 +189,28 @@ def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> A
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(COLLECTIVE_S)),
+        torch_config=_torch_config("nccl" if gpus else "gloo"),
         datasets=_datasets(job),
         dataset_config=_phase_data(run.url),
     )
     return trainer.fit().return_value
+
+
+def _torch_config(backend: str) -> Any:
+    """How Ray Train connects the workers, over Ray's own network."""
+    from ray.train.torch import TorchConfig
+
+    class OnRaysNetwork(TorchConfig().backend_cls):  # type: ignore[misc,unused-ignore]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(talk_where_ray_does)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):  # type: ignore[misc,unused-ignore]
+        @property
+        def backend_cls(self) -> Any:
+            return OnRaysNetwork
+
+    return Config(backend=backend, timeout_s=int(COLLECTIVE_S))
 
 
 def _ray_storage(run: Storage) -> dict[str, Any]:
@@ -225,10 +243,26 @@ def train_worker(loop_config: dict[str, Any]) -> Any:
             # imported it early computes the same to the last bit.
             threads=max(int(job.config.cluster.cpus_per_worker), 1),
         )
+        _check_seen(Storage(job.run_url))
         return train(job, place, Reading(job, place).batches)
     except Exception as error:  # a GPU that is broken fails before anybody was told who is where
         setattr(error, _NODE, node)
         raise
+
+
+def _check_seen(run: Storage) -> None:
+    """Fail on a node that does not see the run; one that came later may lack the mount.
+
+    It would take every checkpoint for damaged, and save its own share where no other finds it.
+    """
+    import ray.util
+
+    if not run.exists(STATE):
+        address = ray.util.get_node_ip_address()
+        # No OSError: this is the node's fault, and storage's none.
+        raise RuntimeError(
+            f"node {address} does not see {run.url}; run.storage is not mounted there"
+        )
 
 
 class Reading:
@@ -281,13 +315,7 @@ class Reading:
         import ray.train
 
         shard = ray.train.get_dataset_shard(_dataset_name(part.feed, part.first))
-        batches = iter(
-            shard.iter_batches(
-                batch_size=part.feed.rows_per_rank(self._world_size),
-                batch_format="numpy",
-                prefetch_batches=4,
-            )
-        )
+        batches = local_batches(shard, part.feed, self._world_size)
         return chain(list(islice(batches, 1)), batches)
 
 

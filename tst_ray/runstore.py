@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long i
 _RENEW_S = 15.0
 _SETTLE_S = 1.0
 _LET_GO_S = 10.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +82,16 @@ def open_run(config: Config) -> Iterator[Storage]:
 def hold(run: Storage) -> Iterator[None]:
     """Hold the run directory against every other driver while the block runs.
 
-    On a local disk by a file lock, which the kernel lifts however the driver ends; elsewhere by a
-    lease that is renewed while the driver lives.
+    On a local disk by a file lock, which the kernel lifts however the driver ends; elsewhere, and
+    on a shared filesystem that has no locks, by a lease that is renewed while the driver lives.
 
     Raises:
         RunError: another driver holds it; says which.
     """
-    if run.is_local:
-        with _locked_file(run):
-            yield
-    else:
-        with _leased(run):
-            yield
+    with contextlib.ExitStack() as held:
+        if not (run.is_local and held.enter_context(_locked_file(run))):
+            held.enter_context(_leased(run))
+        yield
 
 
 def read_events(run: Storage) -> list[dict[str, Any]]:
@@ -114,18 +114,26 @@ def _refusal(run: Storage, owner: dict[str, Any], remedy: str) -> RunError:
 
 
 @contextlib.contextmanager
-def _locked_file(run: Storage) -> Iterator[None]:
+def _locked_file(run: Storage) -> Iterator[bool]:
+    """Yields whether the filesystem has locks; NFS and Lustre may have none."""
     import fcntl
 
+    has_locks = True
     with open(run.at(LOCK), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _refusal(run, _read_owner(file), "stop it, or use another run.name") from None
-        file.truncate(0)
-        file.write(json.dumps(_owner()))
-        file.flush()
-        yield
+            remedy = f"stop it, or, if its machine is gone, remove {run.at(LOCK)}"
+            raise _refusal(run, _read_owner(file), remedy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            has_locks = False
+        if has_locks:
+            file.truncate(0)
+            file.write(json.dumps(_owner()))
+            file.flush()
+        yield has_locks
 
 
 def _read_owner(file: TextIO) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tst_ray import forkserver
@@ -25,6 +26,9 @@ from tst_ray.timeouts import GROUP_END_S, GROUP_POLL_S, GROUP_START_S, WORKER_AN
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
+ASK_AGAIN_S = 10.0
+"""Between two requests to an autoscaler, which knows the last one only: another run's end takes it
+back, and every 20 s the coordinator of Ray Train and Ray Data puts in its place what these use."""
 _LOOK_S = 120.0  # for every node to start a process and look at a file
 
 _RAY_TRAIN_SETTINGS = {
@@ -35,6 +39,8 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
     # Where one rank fails, the others are in a collective that never ends: waiting gains nothing.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GROUP_END_S,
+    # In the job's folder, as the driver: a relative model.source is the same there.
+    "RAY_CHDIR_TO_TRIAL_DIR": 0,
     # Ray Train's own choice, made here so that all processes of a run have one environment.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": 0,
 }
@@ -86,11 +92,19 @@ def check_local(config: Config, plan: Plan) -> None:
         )
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
+def _cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use; a container's are fewer than its machine's.
+
+    Args:
+        cpu_max: a control group's quota: microseconds of a period, and the period.
+    """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        quota, period = map(int, cpu_max.read_text().split())
+        cores = min(cores, max(quota // period, 1))
+    return cores
 
 
 @contextlib.contextmanager
@@ -216,14 +230,15 @@ def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], N
     if not workers:
         return  # what is left to do is a task, which an autoscaler hears of by itself
     deadline = time.monotonic() + config.cluster.wait_s
-    said = False
+    asked_at: float | None = None
     while (problem := _shortage(config, workers)) is not None:
         if time.monotonic() >= deadline:
             raise RunError(problem)
-        if not said:
+        if asked_at is None:
             say(f"waiting for the cluster to grow: {problem}")
+        if asked_at is None or time.monotonic() - asked_at > ASK_AGAIN_S:
+            asked_at = time.monotonic()
             ask_autoscaler(config, workers)
-            said = True
         time.sleep(1.0)
 
 

@@ -184,19 +184,37 @@ def test_without_a_server_the_client_is_the_process(folders: tuple[Path, Path]) 
 
 
 def test_a_node_without_this_package_starts_its_own_python(tmp_path: Path) -> None:
-    """Its own `python`, as `PATH` there has it."""
+    """The one of the environment that its Ray is from; else its `python`, as `PATH` has it."""
     command = forkserver.job_environment(None, {}, "llama")["py_executable"]
     elsewhere = command.replace(forkclient.__file__, "/not/on/this/node.py")
     assert elsewhere != command
-    (tmp_path / "python").write_text('#!/bin/sh\necho started with "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    done = subprocess.run(
-        ["bash", "-c", f"exec {elsewhere} worker.py 'an argument'"],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "started with worker.py an argument\n"
+    for place in ("path", "venv/bin"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "python").write_text(f'#!/bin/sh\necho {place} with "$@"\n')
+        (tmp_path / place / "python").chmod(0o755)
+
+    def started(worker: str) -> str:
+        return subprocess.run(
+            ["bash", "-c", f"exec {elsewhere} {worker} 'an argument'"],
+            env={"PATH": f"{tmp_path}/path:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert started("worker.py") == "path with worker.py an argument\n"
+    worker = f"{tmp_path}/venv/lib/python3.11/site-packages/ray/_private/workers/worker.py"
+    assert started(worker) == f"venv/bin with {worker} an argument\n"
+
+
+def test_a_path_too_long_for_a_socket_leaves_files_as_they_were(tmp_path: Path) -> None:
+    """The process goes on without a server, and others read what it writes."""
+    with pytest.raises(OSError, match="too long"):
+        forkclient.listen(str(tmp_path / ("x" * 120)))
+    (tmp_path / "file").write_text("")
+    before = os.umask(0)
+    os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~before
+    assert before != 0o077
 
 
 def test_it_is_given_what_a_raylet_gave_its_client(

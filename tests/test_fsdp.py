@@ -8,6 +8,7 @@ Shape suffixes: n sequences, L latent positions, s places of a bag.
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -157,6 +158,11 @@ def facts(rank: int) -> dict[str, Any]:
     except ConfigError as error:
         refused = str(error)
     assert "its weights do not load" in refused
+    groups = len(dist.distributed_c10d._world.pg_map)
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        build_model(tiny(**CONFIGS["tied"]), seed=3)
+    # Were one made where there is a GPU, ranks on nodes without would not join in.
+    assert len(dist.distributed_c10d._world.pg_map) == groups
     return {"reduces": {micro: count_reduces(model, micro) for micro in (4, 2, 1)}}
 
 

@@ -67,7 +67,7 @@ def nodes(cluster: Cluster) -> list[str]:
 @pytest.fixture
 def vaults(nodes: list[str]) -> Iterator[Vaults]:
     made = Vaults(f"test-{uuid.uuid4().hex[:8]}")
-    made.cover()
+    made.cover(nodes)
     yield made
     made.close()
 
@@ -159,7 +159,7 @@ def test_importing_it_does_not_import_ray() -> None:
         lambda root: root.names(),
         lambda root: root.read("a"),
         lambda root: root.write("a", b""),
-        lambda root: Vaults("run-1").cover(),
+        lambda root: Vaults("run-1").cover(()),
     ],
 )
 def test_without_ray_it_says_so_in_a_line(
@@ -300,10 +300,10 @@ def test_a_lost_node_loses_nothing(
     root.write("from-0", b"new")  # its second copy goes to the node after the lost one
     assert holders(root, "from-0") == [nodes[0], nodes[2]]
     wait_until(lambda: nodes[1] not in living(), "Ray to see that a node is lost")
-    vaults.cover()
+    vaults.cover(living())
     joined = cluster.add_node(num_cpus=1).node_id
     wait_until(lambda: joined in living(), "a node to join")
-    vaults.cover()
+    vaults.cover(living())
     assert {door.node_id for door in doors(root)} == {nodes[0], nodes[2], joined}
     assert set(vaults._handles) == set(memory._names(vaults.key).values())
     on(joined, write, root, "from-0", b"newer")
@@ -318,22 +318,38 @@ def test_cover_starts_only_what_is_missing_and_that_not_at_once(
 ) -> None:
     before = memory._names(vaults.key)
     assert set(before) == set(nodes)
-    vaults.cover()
+    vaults.cover(living())
     assert memory._names(vaults.key) == before
     root.write("file", LARGE)
     assert ask(doors(root)[2], "under", "") == {}  # all have started
     os.kill(process_of(doors(root)[0]), signal.SIGKILL)
     wait_until(lambda: nodes[0] not in memory._names(vaults.key), "Ray to see it")
-    vaults.cover()
+    vaults.cover(living())
     assert set(memory._names(vaults.key)) == set(nodes[1:])
     assert root.read("file") == LARGE
     with pytest.raises(OSError, match="this node has no vault"):
         root.write("other", b"x")
     monkeypatch.setattr(memory, "_SETTLE_S", 0.0)
-    vaults.cover()
+    vaults.cover(living())
     assert set(memory._names(vaults.key)) == set(nodes)
     root.write("file", b"new")
     assert holders(root, "file") == nodes[:2]
+
+
+@pytest.mark.slow
+def test_nodes_that_are_not_wanted_any_more_have_no_vault(
+    vaults: Vaults, root: Storage, nodes: list[str]
+) -> None:
+    """Each would keep an autoscaler from taking its node; wanted again, it comes at once."""
+    for number, node_id in enumerate(nodes):
+        on(node_id, write, root, f"from-{number}", LARGE)
+    vaults.keep_to(nodes[:2])
+    wait_until(lambda: set(memory._names(vaults.key)) == set(nodes[:2]), "the end of the third")
+    vaults.cover(nodes[:2])
+    assert set(memory._names(vaults.key)) == set(nodes[:2])
+    assert root.names() == ["from-0", "from-1", "from-2"], "each was on two nodes"
+    vaults.cover(nodes)
+    assert set(memory._names(vaults.key)) == set(nodes)
 
 
 @pytest.mark.slow

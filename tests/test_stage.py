@@ -430,3 +430,76 @@ def test_no_node_is_left_out_where_that_is_not_wanted(
     stage.run.append("events.jsonl", json.dumps(event) + "\n")
     stage._leave_out()
     assert stage.room.without == frozenset()
+
+
+def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request is not heard for long: others put theirs in its place."""
+    asked: list[int] = []
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, _: asked.append(most))
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 1)
+
+    def look(workers: str, step: int) -> list[int]:
+        asked.clear()
+        stage = Supervised(tmp_path / f"{workers}-{step}", manifest, workers)
+        update_state(stage.run, attempt=1, attempt_from=0, step=step)
+        for number in range(step - 2, step + 1):
+            record = {"step": number, "attempt": 1, "world_size": 1, "step_time_s": 100.0}
+            stage.run.append("metrics.jsonl", json.dumps(record) + "\n")
+        for _ in range(2):
+            assert not stage._should_grow(1)
+        return asked
+
+    assert look("[1, 4]", 3) == [4, 4]
+    assert look("[1, 4]", 8) == [], "nothing is left to do"
+    assert look("1", 3) == []
+
+
+def test_checkpoints_in_memory_are_where_workers_are_or_may_come(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, set[str]]] = []
+
+    class Vaults:
+        def cover(self, nodes: set[str]) -> None:
+            told.append(("cover", nodes))
+
+        def keep_to(self, nodes: set[str]) -> None:
+            told.append(("keep to", nodes))
+
+    def placed() -> list[tuple[str, set[str]]]:
+        told.clear()
+        stage._place_vaults()
+        return told
+
+    stage = Supervised(tmp_path, manifest, "[1, 4]")
+    stage._vaults = Vaults()
+    nodes = [Node("head", {"CPU": 0.0}), *(Node(name, {"CPU": 1.0}) for name in "abc")]
+    monkeypatch.setattr("tst_ray.session.living_nodes", lambda: nodes)
+    assert placed() == [("cover", {"a", "b", "c"})]
+    update_state(stage.run, attempt=1, nodes=["b", "c", "b"])
+    stage._trains, stage._trains_since = True, time.monotonic()
+    assert placed() == [("cover", {"a", "b", "c"})], "what they had is not yet written anew"
+    stage._trains_since -= 61.0
+    assert placed() == [("keep to", {"b", "c"}), ("cover", {"b", "c"})]
+    update_state(stage.run, nodes=["b"])
+    assert placed() == [("keep to", {"a", "b"}), ("cover", {"a", "b"})], "a copy on another one"
+
+
+def test_a_driver_whose_node_goes_ends_with_a_checkpoint(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "1")
+    monkeypatch.setattr("tst_ray.stage.own_node", lambda: "drivers")
+    leaving = {"other"}
+    monkeypatch.setattr("tst_ray.stage.draining_nodes", lambda: leaving)
+    stage._looked_at = time.monotonic()
+    stage._supervise(1, started=time.monotonic())
+    assert stage._asked is None
+    leaving.add("drivers")
+    stage._supervise(1, started=time.monotonic())
+    assert stage._asked == INTERRUPT
+    with pytest.raises(Interrupted, match="the same command resumes") as caught:
+        stage._take(Ended(4, INTERRUPT))
+    assert caught.value.exit_status == 143

@@ -48,11 +48,11 @@ def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[to
     return out
 
 
-def to_device(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Token ids, int64 of any shape, on the device or on their way, while the loop goes on."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of this host's memory on the device, or on its way there, while the loop goes on."""
     if device.type == "cuda":
-        tokens = tokens.pin_memory()  # a copy from other memory would wait for the device
-    return tokens.to(device, non_blocking=True)
+        tensor = tensor.pin_memory()  # a copy from other memory would wait for the device
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Coordinator:
 
     @contextlib.contextmanager
     def _memory_of_the_cluster(self) -> Iterator[None]:
-        """Keep a vault on every node while the block runs, where checkpoints go to memory too."""
+        """The memory of the cluster while the block runs, where checkpoints go to memory too."""
         if self.config.checkpoint.memory_every is None:
             yield
             return
@@ -200,7 +200,9 @@ class Coordinator:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
         _, shape = _call(backend, check_model, self.config, self.plan, manifest)
-        if self.vaults is not None and (problem := memory_problem(shape, object_stores())):
+        if self.vaults is not None and (
+            problem := memory_problem(shape, object_stores(self.config))
+        ):
             self.say(problem)
             self.vaults = None
         self._enter(State.PLAN)
@@ -318,8 +320,8 @@ def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
     """Why checkpoints are not kept in memory; None where they take half of it at the most.
 
     Args:
-        stores: bytes of each node's object store, which Ray Data needs, too. What it has no room
-            for goes to its node's disk, in silence, and may fill it.
+        stores: bytes of the object store of each node that may have workers; Ray Data needs it,
+            too. What it has no room for goes to its node's disk, in silence, and may fill it.
     """
     needed, there = memory_checkpoint_bytes(shape, len(stores)), sum(stores)
     if needed <= there / 2:
@@ -389,7 +391,7 @@ def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[
     if backend == "inline":
         return lambda: function(*args)
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     begun = ray.remote(function).options(num_cpus=1).remote(*args)
 
@@ -398,6 +400,8 @@ def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[
             return ray.get(begun)
         except RayTaskError as error:
             raise error.cause from None  # the function's own error, without Ray's frames around it
+        except RayError as error:  # its node is lost, or short of memory
+            raise RunError(f"{function.__name__}: {one_line(error)}") from error
 
     return wait
 

@@ -87,7 +87,7 @@ class Growth:
         return self.steps_left * (self.step_s - self.expected_step_s)
 
 
-def growth_pays(growth: Growth, *, gain: float, settle_s: float) -> bool:
+def growth_pays(growth: Growth, *, gain: float, settle_s: float = 0.0) -> bool:
     """Whether to stop the group, with a checkpoint, and start a larger one.
 
     Args:

@@ -91,7 +91,10 @@ def job_environment(
             shlex.quote(path) for path in (sys.executable, os.path.abspath(forkclient.__file__))
         ]
         script = (
-            '[ -x {0} ] && [ -f {1} ] && exec {0} -S -E {1} "$@"; exec python "$@"'  # other nodes
+            '[ -x {0} ] && [ -f {1} ] && exec {0} -S -E {1} "$@"; '
+            # Another node's: the one that has the Ray whose script this is, or what Ray would take.
+            'own="${{1%/lib/python*}}/bin/python"; [ -x "$own" ] && exec "$own" "$@"; '
+            'exec python "$@"'
         ).format(*here)
         environment["py_executable"] = f"sh -c {shlex.quote(script)} sh"
     return environment

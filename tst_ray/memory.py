@@ -1,4 +1,4 @@
-"""Checkpoints in the memory of the cluster: a filesystem over one vault on every node.
+"""Checkpoints in the memory of the cluster: a filesystem over one vault on every node with workers.
 
     tst-memory://<key>/checkpoints/step-00001200/…   the same files as on a disk (checkpoint.py)
 
@@ -27,7 +27,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def _is_at(name: str, path: str, recursive: bool) -> bool:
 
 
 class Vaults:
-    """The vaults of a run, one on every node. The driver's: they live as long as it does.
+    """The vaults of a run, one a node. The driver's: they live as long as it does.
 
     Args:
         key: tells them from another run's: letters, digits, '.', '_' and '-'.
@@ -111,8 +111,8 @@ class Vaults:
         """The folder that they are."""
         return f"{PROTOCOL}://{self.key}"
 
-    def cover(self) -> None:
-        """Start a vault on every living node that has none; does not wait for it to be there.
+    def cover(self, node_ids: Collection[str]) -> None:
+        """Start a vault on each of these nodes that has none; does not wait for it to be there.
 
         Where one ended, the next one starts a minute later. Cheap where nothing changed: two
         questions to the head node, about 1 ms.
@@ -124,10 +124,15 @@ class Vaults:
         for name in set(self._handles) - set(listed.values()):
             del self._handles[name]
             self._ended[name.split("/")[1]] = now
-        for node in living_nodes():
-            since_s = now - self._ended.get(node.node_id, -math.inf)
-            if node.node_id not in listed and since_s > _SETTLE_S:
-                self._start(node.node_id)
+        for node_id in {node.node_id for node in living_nodes()}.intersection(node_ids):
+            since_s = now - self._ended.get(node_id, -math.inf)
+            if node_id not in listed and since_s > _SETTLE_S:
+                self._start(node_id)
+
+    def keep_to(self, node_ids: Collection[str]) -> None:
+        """End the vaults of all other nodes, and with them what they hold."""
+        for name in [name for name in self._handles if name.split("/")[1] not in node_ids]:
+            _end(self._handles.pop(name))
 
     def close(self) -> None:
         """End them, and with them all that they hold."""

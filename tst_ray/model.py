@@ -411,7 +411,9 @@ def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None
 
     Gradients are summed, not averaged: the loss is already divided by the global number of targets.
     """
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    # Not `init_device_mesh`: on CPUs it makes a group of its own where it sees a GPU, and ranks on
+    # nodes without one would not join in.
+    mesh = dist.device_mesh.DeviceMesh.from_group(dist.group.WORLD, device.type)
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

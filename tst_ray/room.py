@@ -16,7 +16,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tst_ray.config import Config
-from tst_ray.session import address_of, ask_autoscaler, free_room, living_nodes, room_for
+from tst_ray.session import (
+    address_of,
+    ask_autoscaler,
+    free_room,
+    living_nodes,
+    nodes_for_workers,
+    room_for,
+)
 from tst_ray.storage import patiently
 from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
@@ -80,6 +87,10 @@ class Room:
         """How many workers nodes have room for, all but some of them, others' use not counted."""
         return room_for(self._config, self.most, without)
 
+    def nodes(self) -> set[str]:
+        """The nodes that could have workers, whoever uses them."""
+        return {node.node_id for node in nodes_for_workers(self._config)}
+
     def leave_out(self, events: Events) -> dict[str, Any] | None:
         """Leave out the nodes that a run's events tell of, and one more where it should go.
 
@@ -121,7 +132,10 @@ class Room:
         return is_news
 
     def ask(self) -> None:
-        """Ask an autoscaler for as many workers as there may be; it may not hear, or be none."""
+        """Ask an autoscaler for as many workers as there may be; it may not hear, or be none.
+
+        To be done again and again, see `session.ASK_AGAIN_S`.
+        """
         try:
             ask_autoscaler(self._config, self.most, self.without)
         except Exception as error:

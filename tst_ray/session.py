@@ -261,7 +261,7 @@ def check_shared(path: str) -> None:
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
+    here = own_node()
     addresses = {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
@@ -340,9 +340,23 @@ def address_of(node_id: str) -> str | None:
     return next(found, None)
 
 
-def object_stores() -> list[float]:
-    """The bytes of each living node's object store."""
-    return [node.resources.get("object_store_memory", 0.0) for node in living_nodes()]
+def nodes_for_workers(config: Config) -> list[Node]:
+    """The nodes that could have a worker: no head without CPUs, nor one without GPUs for those."""
+    per_worker = worker_resources(config)
+    return [node for node in living_nodes() if node.places(per_worker)]
+
+
+def object_stores(config: Config) -> list[float]:
+    """The bytes of the object store of each node that could have a worker."""
+    nodes = nodes_for_workers(config)
+    return [node.resources.get("object_store_memory", 0.0) for node in nodes]
+
+
+def own_node() -> str:
+    """The node that this process is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def draining_nodes() -> set[str]:

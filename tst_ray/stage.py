@@ -26,11 +26,11 @@ looks again. Between two groups it waits for them, as long as `timeouts.STORAGE_
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tst_ray.checkpoint import committed
@@ -39,12 +39,13 @@ from tst_ray.elastic import Growth, growth_pays
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
+from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
-from tst_ray.session import draining_nodes
+from tst_ray.session import ASK_AGAIN_S, draining_nodes, own_node
 from tst_ray.storage import Storage, patiently
 from tst_ray.suspects import LEFT_OUT, laid_to
 
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
-_ASK_AGAIN_S = 30.0
+_VAULTS_SETTLE_S = 60.0  # of training, in which memory is written to where the workers are
 _FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a reader reads them all
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
@@ -81,34 +82,6 @@ def charge(run: Storage, part: str) -> None:
         log.warning("the account of time is late: %s", error)
 
 
-class Interrupts:
-    """SIGINT and SIGTERM while a stage trains: the first asks for a checkpoint and an end.
-
-    A second SIGINT stops at once. Main thread only.
-    """
-
-    def __init__(self, on_first: Callable[[], None]) -> None:
-        self.by: int | None = None
-        self._on_first = on_first
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.by is None:
-            self.by = number
-            self._on_first()
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch both signals while the block runs."""
-        before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Stage:
     """Trains one stage.
 
@@ -118,7 +91,7 @@ class Stage:
         phases: those of the stage; all have the same allowed world sizes.
         job: what workers are told.
         say: tells the user a line.
-        vaults: the memory of the cluster (`memory.Vaults`), kept on every node; None for none.
+        vaults: the memory of the cluster (`memory.Vaults`); None for none.
     """
 
     def __init__(
@@ -181,11 +154,11 @@ class Stage:
     def _one_attempt(self) -> Ended:
         if self.config.cluster.backend == "inline":
             return self._inline()
+        self._trains = False
         world_size = self._wait_for_room()
         self._attempts += 1
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
-        self._trains = False
         group = Group(self.run, self.job, world_size, self.room.without)
         while not group.wait(_SUPERVISE_S):
             try:
@@ -317,17 +290,30 @@ class Stage:
                     raise self._interrupted()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
-                if time.monotonic() - asked_at > _ASK_AGAIN_S:  # a cluster keeps one request alone,
-                    asked_at = time.monotonic()  # and another run's end takes it back
+                if time.monotonic() - asked_at > ASK_AGAIN_S:
+                    asked_at = time.monotonic()
                     self._leave_out()  # fewer others may be left, and the node do after all
                     self.room.ask()
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
             self._resized_at = time.monotonic()
-        if self._vaults is not None:
-            steadily(self._vaults.cover)
+        steadily(self._place_vaults)
         return room
+
+    def _place_vaults(self) -> None:
+        """Keep checkpoints in the memory of nodes that may have workers; once some train, of those
+        that do, or of one more where that is one: a vault keeps an autoscaler from taking its node.
+        """
+        if self._vaults is None:
+            return
+        nodes = self.room.nodes()
+        if self._trains and time.monotonic() - self._trains_since > _VAULTS_SETTLE_S:
+            at_work = self._nodes_at_work()
+            others = sorted(nodes - at_work)
+            nodes = at_work.union(others[:1] if len(at_work) == 1 else ())
+            self._vaults.keep_to(nodes)
+        self._vaults.cover(nodes)
 
     def _leave_out(self) -> None:
         """Go on without a node that ended one attempt after another, where that pays."""
@@ -363,14 +349,17 @@ class Stage:
             return
         if self._interrupts.by is not None:
             self._ask(INTERRUPT)
-        elif leaving := draining_nodes() & self._nodes_at_work():
+        elif (leaving := draining_nodes()) and own_node() in leaving:
+            self.say("the node of this driver will be taken away: a checkpoint, then the end")
+            self._interrupts.by = signal.SIGTERM
+            self._ask(INTERRUPT)
+        elif leaving := leaving & self._nodes_at_work():
             self._ask(PREEMPTION)
             try_event(self.run, "preemption", nodes=sorted(leaving))
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
         elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
-            if self._vaults is not None:
-                self._vaults.cover()
+            self._place_vaults()
             if self._should_grow(world_size):
                 self._ask(GROW)
 
@@ -390,11 +379,12 @@ class Stage:
         self._asked, self._asked_at = reason, time.monotonic()
 
     def _should_grow(self, world_size: int) -> bool:
-        """Whether more workers would fit, and stopping for them pays."""
-        room = self.room.possible(world_size)
-        records = self._records_now(world_size)
-        if room <= world_size or len(records) < 3:
+        """Whether more workers would fit, and stopping for them pays; where more would pay that
+        do not fit yet, an autoscaler is asked for them."""
+        records = self._records_now(world_size) if world_size < self.room.most else []
+        if len(records) < 3:
             return False
+        room = self.room.possible(world_size)
         step_s = sorted(record["step_time_s"] for record in records)[len(records) // 2]
         self._measured[world_size] = step_s
         step = records[-1]["step"]
@@ -409,6 +399,8 @@ class Stage:
             since_resize_s=time.monotonic() - max(self._resized_at, self._trains_since),
         )
         cluster = self.config.cluster
+        if growth_pays(replace(growth, possible=self.room.most), gain=cluster.growth_gain):
+            self.room.ask()
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
         if pays:
             try_event(

@@ -234,7 +234,7 @@ class Trainer:
             lanes: integers below 2^40 to sum.
             alike: scalar tensors that all ranks have alike, and that come after the sums.
         """
-        exact = torch.tensor(lanes, dtype=torch.float64, device=self.device)
+        exact = to_device(torch.tensor(lanes, dtype=torch.float64), self.device)
         packed = torch.cat([torch.stack(values).double(), exact])
         if dist.is_initialized():
             dist.all_reduce(packed)

@@ -241,17 +241,23 @@ def test_phases_with_the_same_workers_share_a_group(
 def test_what_a_restart_would_only_meet_again_stops_the_run(
     place: Path, text: Path, undisturbed: tuple[Path, str]
 ) -> None:
-    """A model folder without weights, found by a worker: one line, no second attempt."""
+    """A model folder without weights, found by a worker: one line, no second attempt.
+
+    Its path is relative, and the worker's folder the driver's.
+    """
     folder = place / "no-weights"
     shutil.copytree(undisturbed[0] / "model", folder)
     (folder / "model.safetensors").unlink()
-    changes = {"model__source": folder, "model__pretrained": "true", "data__tokenizer": folder}
+    source = os.path.relpath(folder, ROOT)
+    changes = {"model__source": source, "model__pretrained": "true", "data__tokenizer": folder}
     arguments = command(place / "runs", text, "fatal", **changes)
     arguments = [argument for argument in arguments if not argument.startswith("--model.config")]
     log = place / "fatal.log"
     assert start(arguments, log).wait(timeout=PATIENCE_S) == 1
     said = log.read_text()
-    assert "no-weights" in said.splitlines()[-1] and str(place / "runs" / "fatal") in said
+    last = said.splitlines()[-1]
+    assert f"model.source = {source!r}: its weights do not load" in last
+    assert str(place / "runs" / "fatal") in said
     assert "Traceback" not in said
     assert len(events(place / "runs" / "fatal", "attempt")) == 0
 

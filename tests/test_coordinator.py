@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tst_ray.config import load_config
-from tst_ray.coordinator import check_model, memory_problem
+from tst_ray.coordinator import _begin, check_model, memory_problem
+from tst_ray.elastic import Node
+from tst_ray.errors import RunError
 from tst_ray.plan import ModelShape, build_plan
 
 GIB = 2.0**30
@@ -30,3 +33,36 @@ def test_checkpoints_in_memory_take_half_of_the_object_stores_at_the_most(
     told = memory_problem(billion, [35 * GIB] * 4)
     assert told is not None and "would take 72.0 GiB" in told and "have 140.0;" in told
     assert memory_problem(shape, [GIB]) is None  # the demo, where Ray has a single gibibyte
+
+
+class Task:
+    """Stands in for a Ray task: what it was asked with, and what came of it."""
+
+    asked: dict[str, Any]
+
+    def options(self, **options: Any) -> Task:
+        self.asked = options
+        return self
+
+    def remote(self, *args: Any) -> str:
+        return "reference"
+
+
+def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    def lost(reference: str) -> Any:
+        raise OutOfMemoryError("the node ran low on memory\nand more")
+
+    task = Task()
+    nodes = [Node("head", {"memory": 4 * GIB}), Node("worker", {"memory": 64 * GIB})]
+    monkeypatch.setattr("ray.remote", lambda function: task)
+    monkeypatch.setattr("ray.get", lost)
+    monkeypatch.setattr("tst_ray.coordinator.living_nodes", lambda: nodes)
+    for wanted, asked in ((0.0, 0.0), (12 * GIB, 12 * GIB), (96 * GIB, 64 * GIB)):
+        wait = _begin("ray", memory_problem, memory=wanted)
+        assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
+    with pytest.raises(RunError, match="^memory_problem: the node ran low on memory; the same"):
+        wait()

@@ -41,6 +41,7 @@ from tst_ray.session import (
     ask_autoscaler,
     check_capacity,
     check_shared,
+    living_nodes,
     object_stores,
     ray_session,
     unused_gpus,
@@ -49,6 +50,8 @@ from tst_ray.stage import Stage, charge, newest_step
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
+
+_EXPORT_BYTES = 8  # a parameter: the model in float32, and what is read into it
 
 
 class State(enum.Enum):
@@ -218,7 +221,9 @@ class Coordinator:
             self._enter(State.EXPORT)
             self.say("writing the model folder")
             self._charge(run, "closing")
-            step, samples = _call(backend, export_model, run.url)
+            step, samples = _call(
+                backend, export_model, run.url, memory=_EXPORT_BYTES * shape.parameters
+            )
             self._charge(run, "closing")
             if step == self.plan.total_steps:
                 return self._finish(run, samples)
@@ -381,19 +386,27 @@ def _fold_events(run: Storage) -> None:
         run.fold(EVENTS)
 
 
-def _call(backend: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function as a Ray task, or here where there is no Ray."""
-    return _begin(backend, function, *args)()
+def _call(backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0) -> Any:
+    """Call a function as a Ray task, or here where there is no Ray; see `_begin`."""
+    return _begin(backend, function, *args, memory=memory)()
 
 
-def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray."""
+def _begin(
+    backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0
+) -> Callable[[], Any]:
+    """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
+
+    Args:
+        memory: the bytes it needs: not on a small head, where another node is larger.
+    """
     if backend == "inline":
         return lambda: function(*args)
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    begun = ray.remote(function).options(num_cpus=1).remote(*args)
+    most = max((node.resources.get("memory", 0.0) for node in living_nodes()), default=0.0)
+    options = {"num_cpus": 1, "memory": min(memory, most)}
+    begun = ray.remote(function).options(**options).remote(*args)
 
     def wait() -> Any:
         try:
@@ -401,7 +414,8 @@ def _begin(backend: str, function: Callable[..., Any], *args: Any) -> Callable[[
         except RayTaskError as error:
             raise error.cause from None  # the function's own error, without Ray's frames around it
         except RayError as error:  # its node is lost, or short of memory
-            raise RunError(f"{function.__name__}: {one_line(error)}") from error
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(f"{function.__name__}: {why}; the same command tries again") from error
 
     return wait
 

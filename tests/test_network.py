@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from typing import Any
 
 import pytest
@@ -36,8 +35,6 @@ def test_gloo_is_told_of_rays_interface_unless_the_user_names_one(
 
 
 def test_it_is_told_before_the_workers_are_connected() -> None:
-    from ray import cloudpickle
-
     class Connecting(Exception):
         pass
 
@@ -51,7 +48,7 @@ def test_it_is_told_before_the_workers_are_connected() -> None:
         def execute_single(self, rank: int, function: Any) -> Any:
             raise Connecting
 
-    config = pickle.loads(cloudpickle.dumps(_torch_config("gloo")))  # as it goes to Ray Train
+    config = _torch_config("gloo")
     assert config.to_dict()["backend"] == "gloo"
     workers = Workers()
     with pytest.raises(Connecting):

@@ -114,6 +114,27 @@ def test_a_shared_folder_without_locks_is_leased(
         pass
 
 
+def test_a_lock_and_a_lease_keep_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two machines that mount the same folder, one may have locks."""
+    run = Storage(str(tmp_path))
+    with hold(run), monkeypatch.context() as patch:
+        patch.setattr("tst_ray.runstore._has_locks", lambda run: False)
+        refusal = pytest.raises(RunError, match=r"if its machine is gone, remove .*driver\.lock")
+        with refusal, hold(run):
+            pass
+    run.remove("driver.lock")
+    with monkeypatch.context() as patch:
+        patch.setattr("tst_ray.runstore._has_locks", lambda run: False)
+        with hold(run):
+            patch.undo()
+            with pytest.raises(RunError, match="another driver"), hold(run):
+                pass
+    with hold(run):
+        pass
+
+
 def test_what_else_keeps_a_lock_from_being_taken_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

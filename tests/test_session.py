@@ -175,3 +175,16 @@ def test_an_autoscaler_is_asked_for_other_nodes_than_those_left_out(
         (None, [worker, {"CPU": 1.0}], [{}, {}]),
         (None, [], []),
     ]
+
+
+def test_the_object_stores_are_those_that_the_fewest_workers_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores = {"head": 1.0, "a": 8.0, "b": 4.0, "c": 16.0}
+    places = {"head": 0.0, "a": 2.0, "b": 1.0, "c": 4.0}
+    there = [Node(n, {"CPU": places[n], "object_store_memory": stores[n]}) for n in stores]
+    monkeypatch.setattr(session, "living_nodes", lambda without=(): there)
+    for workers, smallest in ((1, [4, 8]), (4, [4, 8]), (6, [4, 8]), (7, [4, 8, 16])):
+        assert session.object_stores(config_of(), workers) == smallest
+    there[2:] = []
+    assert session.object_stores(config_of(), 1) == [8.0], "one node has them once"

@@ -476,15 +476,22 @@ def test_checkpoints_in_memory_are_where_workers_are_or_may_come(
     stage = Supervised(tmp_path, manifest, "[1, 4]")
     stage._vaults = Vaults()
     nodes = [Node("head", {"CPU": 0.0}), *(Node(name, {"CPU": 1.0}) for name in "abc")]
-    monkeypatch.setattr("tst_ray.session.living_nodes", lambda: nodes)
+    monkeypatch.setattr(
+        "tst_ray.session.living_nodes",
+        lambda without=(): [node for node in nodes if node.node_id not in without],
+    )
     assert placed() == [("cover", {"a", "b", "c"})]
-    update_state(stage.run, attempt=1, nodes=["b", "c", "b"])
-    stage._trains, stage._trains_since = True, time.monotonic()
+    stage.room.without = frozenset("a")
+    assert placed() == [("cover", {"b", "c"})]
+    stage.room.without = frozenset()
+    at_work: dict[str, Any] = {"attempt": 1, "attempt_from": 10, "nodes": ["b", "c", "b"]}
+    update_state(stage.run, **at_work, step=209)
+    stage._trains = True
     assert placed() == [("cover", {"a", "b", "c"})], "what they had is not yet written anew"
-    stage._trains_since -= 61.0
+    update_state(stage.run, step=210)
     assert placed() == [("keep to", {"b", "c"}), ("cover", {"b", "c"})]
     update_state(stage.run, nodes=["b"])
-    assert placed() == [("keep to", {"a", "b"}), ("cover", {"a", "b"})], "a copy on another one"
+    assert placed() == [("cover", {"a", "b", "c"})], "second copies are on another one"
 
 
 def test_a_driver_whose_node_goes_ends_with_a_checkpoint(
@@ -500,6 +507,7 @@ def test_a_driver_whose_node_goes_ends_with_a_checkpoint(
     leaving.add("drivers")
     stage._supervise(1, started=time.monotonic())
     assert stage._asked == INTERRUPT
+    assert stage._interrupts.by is None, "a first Ctrl-C must not be taken for a second"
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage._take(Ended(4, INTERRUPT))
     assert caught.value.exit_status == 143

@@ -50,7 +50,7 @@ def micro_batches(batch: Columns, micro_batch_size: int | None) -> list[tuple[to
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of this host's memory on the device, or on its way there, while the loop goes on."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.numel():
         tensor = tensor.pin_memory()  # a copy from other memory would wait for the device
     return tensor.to(device, non_blocking=True)
 

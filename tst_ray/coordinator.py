@@ -41,6 +41,7 @@ from tst_ray.session import (
     ask_autoscaler,
     check_capacity,
     check_shared,
+    least_workers,
     living_nodes,
     object_stores,
     ray_session,
@@ -203,11 +204,11 @@ class Coordinator:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
         _, shape = _call(backend, check_model, self.config, self.plan, manifest)
-        if self.vaults is not None and (
-            problem := memory_problem(shape, object_stores(self.config))
-        ):
-            self.say(problem)
-            self.vaults = None
+        if self.vaults is not None:
+            stores = object_stores(self.config, least_workers(self.plan))
+            if problem := memory_problem(shape, stores):
+                self.say(problem)
+                self.vaults = None
         self._enter(State.PLAN)
         self._charge(run, "restart" if newest_step(run) else "startup")
         order = build_order(self.config, self.plan, manifest)
@@ -325,8 +326,8 @@ def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
     """Why checkpoints are not kept in memory; None where they take half of it at the most.
 
     Args:
-        stores: bytes of the object store of each node that may have workers; Ray Data needs it,
-            too. What it has no room for goes to its node's disk, in silence, and may fill it.
+        stores: bytes of the object store of each node that workers are on; Ray Data needs it, too.
+            What it has no room for goes to its node's disk, in silence, and may fill it.
     """
     needed, there = memory_checkpoint_bytes(shape, len(stores)), sum(stores)
     if needed <= there / 2:
@@ -397,14 +398,16 @@ def _begin(
     """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
 
     Args:
-        memory: the bytes it needs: not on a small head, where another node is larger.
+        memory: the bytes it needs: it is not to be put on a small head where others are larger.
     """
     if backend == "inline":
         return lambda: function(*args)
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    most = max((node.resources.get("memory", 0.0) for node in living_nodes()), default=0.0)
+    nodes = [node.resources for node in living_nodes() if node.places({"CPU": 1.0})]
+    # Half of the largest at the most: better there than nowhere, or behind what others hold.
+    most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
     options = {"num_cpus": 1, "memory": min(memory, most)}
     begun = ray.remote(function).options(**options).remote(*args)
 
@@ -414,8 +417,8 @@ def _begin(
         except RayTaskError as error:
             raise error.cause from None  # the function's own error, without Ray's frames around it
         except RayError as error:  # its node is lost, or short of memory
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RunError(f"{function.__name__}: {why}; the same command tries again") from error
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise RunError(f"{function.__name__}: {why[:300]}") from error
 
     return wait
 

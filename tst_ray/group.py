@@ -31,7 +31,7 @@ from tst_ray.journal import STATE, read_state
 from tst_ray.network import talk_where_ray_does
 from tst_ray.plan import Phase
 from tst_ray.session import away_from, worker_resources
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import COLLECTIVE_S
 
 _NODE = "tst_ray_node"  # an attribute of what a worker raises: where that was
@@ -257,7 +257,7 @@ def _check_seen(run: Storage) -> None:
     """
     import ray.util
 
-    if not run.exists(STATE):
+    if not patiently(lambda: run.exists(STATE)):
         address = ray.util.get_node_ip_address()
         # No OSError: this is the node's fault, and storage's none.
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Checkpoints in the memory of the cluster: a filesystem over one vault on every node with workers.
+"""Checkpoints in the memory of the cluster: a filesystem over a vault on each node of its workers.
 
     tst-memory://<key>/checkpoints/step-00001200/…   the same files as on a disk (checkpoint.py)
 

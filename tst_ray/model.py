@@ -413,7 +413,9 @@ def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None
     """
     # Not `init_device_mesh`: on CPUs it makes a group of its own where it sees a GPU, and ranks on
     # nodes without one would not join in.
-    mesh = dist.device_mesh.DeviceMesh.from_group(dist.group.WORLD, device.type)
+    world = dist.group.WORLD
+    assert world is not None
+    mesh = dist.device_mesh.DeviceMesh.from_group(world, device.type)
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

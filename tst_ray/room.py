@@ -89,7 +89,7 @@ class Room:
 
     def nodes(self) -> set[str]:
         """The nodes that could have workers, whoever uses them."""
-        return {node.node_id for node in nodes_for_workers(self._config)}
+        return {node.node_id for node in nodes_for_workers(self._config, self.without)}
 
     def leave_out(self, events: Events) -> dict[str, Any] | None:
         """Leave out the nodes that a run's events tell of, and one more where it should go.

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -88,9 +89,8 @@ def hold(run: Storage) -> Iterator[None]:
     Raises:
         RunError: another driver holds it; says which.
     """
-    with contextlib.ExitStack() as held:
-        if not (run.is_local and held.enter_context(_locked_file(run))):
-            held.enter_context(_leased(run))
+    holder = _locked_file(run) if run.is_local and _has_locks(run) else _leased(run)
+    with holder:
         yield
 
 
@@ -113,27 +113,38 @@ def _refusal(run: Storage, owner: dict[str, Any], remedy: str) -> RunError:
     return RunError(f"{run.url}: another driver holds this run ({who}); {remedy}")
 
 
-@contextlib.contextmanager
-def _locked_file(run: Storage) -> Iterator[bool]:
-    """Yields whether the filesystem has locks; NFS and Lustre may have none."""
+def _has_locks(run: Storage) -> bool:
+    """Whether files in a folder can be locked; on NFS and Lustre that is not certain."""
     import fcntl
 
-    has_locks = True
+    with tempfile.TemporaryFile(dir=run.path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise
+    return True
+
+
+@contextlib.contextmanager
+def _locked_file(run: Storage) -> Iterator[None]:
+    import fcntl
+
     with open(run.at(LOCK), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = f"stop it, or, if its machine is gone, remove {run.at(LOCK)}"
-            raise _refusal(run, _read_owner(file), remedy) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            has_locks = False
-        if has_locks:
-            file.truncate(0)
-            file.write(json.dumps(_owner()))
-            file.flush()
-        yield has_locks
+            raise _refusal(run, _read_owner(file), _gone(run)) from None
+        _refuse_living(run, _read_owner(file))  # one that has no locks where it runs
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        yield
+
+
+def _gone(run: Storage) -> str:
+    return f"stop it, or, if its machine is gone, remove {run.at(LOCK)}"
 
 
 def _read_owner(file: TextIO) -> dict[str, Any]:
@@ -146,8 +157,10 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _leased(run: Storage) -> Iterator[None]:
-    mine = _owner()
-    _refuse_living(run, patiently(lambda: _lease(run)))
+    mine, theirs = _owner(), patiently(lambda: _lease(run))
+    if theirs and "renewed" not in theirs:  # it holds a lock, which is not seen from here
+        raise _refusal(run, theirs, _gone(run))
+    _refuse_living(run, theirs)
     patiently(lambda: run.write_json(LOCK, {**mine, "renewed": time.time()}))
     # Another driver may have written in the same moment; the last to write holds the lease.
     time.sleep(_SETTLE_S)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0,
     # Where one rank fails, the others are in a collective that never ends: waiting gains nothing.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GROUP_END_S,
-    # In the job's folder, as the driver: a relative model.source is the same there.
+    # Workers stay in the job's folder (`ray job submit --working-dir`), or where this Ray was
+    # started: a relative model.source means the same there as here.
     "RAY_CHDIR_TO_TRIAL_DIR": 0,
     # Ray Train's own choice, made here so that all processes of a run have one environment.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": 0,
@@ -63,6 +65,11 @@ class Session:
 def workers_needed(plan: Plan) -> int:
     """The workers without which some phase cannot run."""
     return max(phase.min_workers for phase in plan.phases)
+
+
+def least_workers(plan: Plan) -> int:
+    """The fewest workers that some phase may run with."""
+    return min(phase.min_workers for phase in plan.phases)
 
 
 def workers_needed_next(plan: Plan, step: int) -> int:
@@ -340,16 +347,20 @@ def address_of(node_id: str) -> str | None:
     return next(found, None)
 
 
-def nodes_for_workers(config: Config) -> list[Node]:
+def nodes_for_workers(config: Config, without: Collection[str] = ()) -> list[Node]:
     """The nodes that could have a worker: no head without CPUs, nor one without GPUs for those."""
     per_worker = worker_resources(config)
-    return [node for node in living_nodes() if node.places(per_worker)]
+    return [node for node in living_nodes(without) if node.places(per_worker)]
 
 
-def object_stores(config: Config) -> list[float]:
-    """The bytes of the object store of each node that could have a worker."""
-    nodes = nodes_for_workers(config)
-    return [node.resources.get("object_store_memory", 0.0) for node in nodes]
+def object_stores(config: Config, workers: int) -> list[float]:
+    """The bytes of the object stores that so many workers have at the least: the smallest ones, of
+    as few nodes as hold them, and of two where there are two."""
+    nodes, per_worker = nodes_for_workers(config), worker_resources(config)
+    held = accumulate(sorted((node.places(per_worker) for node in nodes), reverse=True))
+    fewest = sum(places < workers for places in held) + 1
+    stores = sorted(node.resources.get("object_store_memory", 0.0) for node in nodes)
+    return stores[: max(fewest, 2)]
 
 
 def own_node() -> str:

@@ -15,7 +15,8 @@
                                            may leave out a node that ended many (suspects.py)
     no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
                                            no failure: a run waits for nodes as long as it takes
-    interrupt: SIGTERM, or Ctrl-C        the run ends, to be resumed by the same command
+    interrupt: SIGTERM, Ctrl-C, or a     the run ends, to be resumed by the same command
+      notice to the driver's own node
     failed_saves                         the run ends, its last good checkpoint intact
 
 An attempt makes progress when it starts at a later step than the one before it did.
@@ -55,7 +56,6 @@ log = logging.getLogger(__name__)
 
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
-_VAULTS_SETTLE_S = 60.0  # of training, in which memory is written to where the workers are
 _FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a reader reads them all
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
@@ -197,7 +197,8 @@ class Stage:
             return
         self.failures = 0
         if ended.reason == INTERRUPT:
-            raise Interrupted(self._resume_line(ended.step), self._interrupts.by)
+            by = self._interrupts.by or signal.SIGTERM  # as for a driver whose node goes
+            raise Interrupted(self._resume_line(ended.step), by)
         if ended.reason == FAILED_SAVES:
             raise RunError(
                 f"{self.run.url}: {self.config.fault.max_failed_saves} checkpoints in a row could "
@@ -302,16 +303,19 @@ class Stage:
         return room
 
     def _place_vaults(self) -> None:
-        """Keep checkpoints in the memory of nodes that may have workers; once some train, of those
-        that do, or of one more where that is one: a vault keeps an autoscaler from taking its node.
+        """Keep checkpoints in the memory of nodes that may have workers; once workers have written
+        there, of theirs alone: a vault keeps an autoscaler from taking its node.
+
+        One node has no other for its second copies: nothing is ended then.
         """
         if self._vaults is None:
             return
-        nodes = self.room.nodes()
-        if self._trains and time.monotonic() - self._trains_since > _VAULTS_SETTLE_S:
+        nodes, at_work = self.room.nodes(), set()
+        every = self.config.checkpoint.memory_every
+        if self._trains and every is not None and self._steps_of_group() >= 2 * every:
             at_work = self._nodes_at_work()
-            others = sorted(nodes - at_work)
-            nodes = at_work.union(others[:1] if len(at_work) == 1 else ())
+        if len(at_work) > 1:
+            nodes = at_work
             self._vaults.keep_to(nodes)
         self._vaults.cover(nodes)
 
@@ -351,7 +355,6 @@ class Stage:
             self._ask(INTERRUPT)
         elif (leaving := draining_nodes()) and own_node() in leaving:
             self.say("the node of this driver will be taken away: a checkpoint, then the end")
-            self._interrupts.by = signal.SIGTERM
             self._ask(INTERRUPT)
         elif leaving := leaving & self._nodes_at_work():
             self._ask(PREEMPTION)

@@ -257,8 +257,16 @@ def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) ->
 def local_batches(split: Any, feed: Feed, world_size: int) -> Iterator[Columns]:
     """One rank's local batches, one a step, from its split of a `ray_dataset`.
 
-    They are views of a whole block. Were Ray Data to cut it, each step would pass through three
-    threads of this process, which compete with the loop for Python's lock: a millisecond a step.
+    They are views of a whole block, not to be written to. Were Ray Data to cut it, each step would
+    pass through three threads of this process, which compete with the loop for Python's lock: a
+    millisecond a step.
+
+    Args:
+        split: one of the dataset's `streaming_split`.
+        feed, world_size: those the dataset was made for.
+
+    Yields:
+        the columns of `Feed.rows` of one step, `tokens` folded: [rows_per_rank, L + 1, s] for bags.
     """
     height = feed.rows_per_rank(world_size)
     blocks = split.iter_batches(

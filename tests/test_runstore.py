@@ -96,17 +96,20 @@ def test_on_remote_storage_a_lease_keeps_others_out_until_it_ends() -> None:
         pass
 
 
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_shared_folder_without_locks_is_leased(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """NFS without its lock daemon, Lustre mounted without flock."""
     run = Storage(str(tmp_path))
-
-    def flock(file: Any, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    refuse_locks(monkeypatch, number)
     refusal = pytest.raises(RunError, match=r"another driver .* try again in \d+ seconds")
     with hold(run), refusal, hold(run):
         pass
@@ -138,10 +141,7 @@ def test_a_lock_and_a_lease_keep_each_other_out(
 def test_what_else_keeps_a_lock_from_being_taken_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flock(file: Any, operation: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    refuse_locks(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"), hold(Storage(str(tmp_path))):
         pass
 

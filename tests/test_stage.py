@@ -507,6 +507,8 @@ def test_a_driver_whose_node_goes_ends_with_a_checkpoint(
     leaving.add("drivers")
     stage._supervise(1, started=time.monotonic())
     assert stage._asked == INTERRUPT
+    (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "preemption"]
+    assert (told["nodes"], told["driver"]) == (["drivers"], True)
     assert stage._interrupts.by is None, "a first Ctrl-C must not be taken for a second"
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage._take(Ended(4, INTERRUPT))

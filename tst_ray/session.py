@@ -354,8 +354,14 @@ def nodes_for_workers(config: Config, without: Collection[str] = ()) -> list[Nod
 
 
 def object_stores(config: Config, workers: int) -> list[float]:
-    """The bytes of the object stores that so many workers have at the least: the smallest ones, of
-    as few nodes as hold them, and of two where there are two."""
+    """The bytes of the object stores that workers have at the least, the smallest first.
+
+    Args:
+        workers: how many; they are on as few nodes as hold them, and on the smallest stores.
+
+    Returns:
+        one for each of those nodes; of two nodes where there are two.
+    """
     nodes, per_worker = nodes_for_workers(config), worker_resources(config)
     held = accumulate(sorted((node.places(per_worker) for node in nodes), reverse=True))
     fewest = sum(places < workers for places in held) + 1
@@ -364,7 +370,7 @@ def object_stores(config: Config, workers: int) -> list[float]:
 
 
 def own_node() -> str:
-    """The node that this process is on."""
+    """The id of the node that this process is on."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())

@@ -353,9 +353,10 @@ class Stage:
             return
         if self._interrupts.by is not None:
             self._ask(INTERRUPT)
-        elif (leaving := draining_nodes()) and own_node() in leaving:
-            self.say("the node of this driver will be taken away: a checkpoint, then the end")
+        elif (leaving := draining_nodes()) and (own := own_node()) in leaving:
             self._ask(INTERRUPT)
+            try_event(self.run, "preemption", nodes=[own], driver=True)
+            self.say("the node of this driver will be taken away: a checkpoint, then the end")
         elif leaving := leaving & self._nodes_at_work():
             self._ask(PREEMPTION)
             try_event(self.run, "preemption", nodes=sorted(leaving))

@@ -48,7 +48,7 @@ def test_a_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scale", "embed"])
+@pytest.mark.parametrize("name", ["scale", "embed", "mfu"])
 def test_short_benches_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     facts = run_bench(name)
     assert all(figure["value"] >= 0 for figure in facts["figures"])

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
+from tst_ray import chunked_loss
 from tst_ray import model as model_module
 from tst_ray.architecture import check_supported, describe, hf_config, logit_scale, make_model
 from tst_ray.errors import ConfigError
@@ -104,12 +105,16 @@ def test_phase_two_is_bit_equal_to_a_plain_loop(family: str, tied: bool) -> None
         assert torch.equal(ours.hf_model.get_parameter(name), parameter), name
 
 
-def test_phase_two_runs_no_superposition_code(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logits_bytes", [10**9, 10], ids=["whole", "in chunks"])
+def test_phase_two_runs_no_superposition_code(
+    logits_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("superposition code ran")
 
     for name in ("embed_bags", "bag_weights", "linear_multi_hot_cross_entropy"):
         monkeypatch.setattr(model_module, name, forbidden)
+    monkeypatch.setattr(model_module, "WHOLE_LOGITS_BYTES", logits_bytes)
     phase = a_phase(bag_size=1, num_sequences=B, latent_length=L)
     model = build_model(tiny("llama"), seed=0)
     model(tokens_for(phase), phase).objective.backward()
@@ -137,26 +142,33 @@ def test_no_forward_pass_looks_at_values(bag_size: int) -> None:
     assert looks == []
 
 
-def test_large_logits_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    phase = a_phase(bag_size=1, num_sequences=B, latent_length=L)
+@pytest.mark.parametrize("bag_size", [1, S])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_large_logits_are_made_in_chunks(
+    bag_size: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = a_phase(bag_size=bag_size, num_sequences=B, latent_length=L)
     batch = tokens_for(phase)
-    model = build_model(tiny("llama"), seed=0).double()
+    model = SuperpositionLM(build_model(tiny("llama"), seed=0).hf_model, scale).double()
     sizes: list[int] = []
-    head = model.hf_model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    softmax = chunked_loss._softmax
 
-    whole = model(batch, phase).loss
-    model(batch, phase).objective.backward()
+    def spied(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(logits.numel())
+        return softmax(logits, *args)
+
+    monkeypatch.setattr(chunked_loss, "_softmax", spied)
+    whole = model(batch, phase, num_real=B - 1).loss
+    model(batch, phase, num_real=B - 1).objective.backward()
     expected = gradients(model)
-    assert set(sizes) == {B * L * VOCAB}
     model.zero_grad()
     sizes.clear()
     monkeypatch.setattr(model_module, "WHOLE_LOGITS_BYTES", 10 * VOCAB * 4)
-    pieces = model(batch, phase)
+    pieces = model(batch, phase, num_real=B - 1)
     pieces.objective.backward()
     torch.testing.assert_close(pieces.loss, whole)
     torch.testing.assert_close(gradients(model), expected)
-    assert max(sizes) == 5 * VOCAB
+    assert sizes == [10 * VOCAB, 10 * VOCAB, 4 * VOCAB]
 
 
 # -- phase one is the paper's arithmetic -------------------------------------------------------
@@ -371,9 +383,10 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same() -> None:
+def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("llama")
     phases = [a_phase(bag_size=s, num_sequences=B, latent_length=L) for s in (S, 1)]
+    monkeypatch.setattr(model_module, "WHOLE_LOGITS_BYTES", 10 * VOCAB * 4)
     plain, compiled = (build_model(config, seed=0, compile=compile) for compile in (False, True))
     for phase in phases:
         batch = tokens_for(phase)

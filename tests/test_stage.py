@@ -422,6 +422,30 @@ def test_a_node_that_is_left_out_and_missed_is_taken_back(
     assert stage.room.without == frozenset()
 
 
+@pytest.mark.parametrize("most", ["null", "3"])
+def test_unfit_nodes_are_left_out_at_once_and_never_taken_back(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    """Of three nodes two lack the mount; without them there is room for one worker of two."""
+    stage = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures=most)
+    failure = GroupFailed("does not see", started=True, unfit={"bad", "worse"})
+    stage._count(failure, read_state(stage.run))
+    told = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "unfit"]
+    assert [(e["node"], e["why"]) for e in told] == [
+        ("bad", "does not see"),
+        ("worse", "does not see"),
+    ]
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 3 - len(without))
+    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 0)
+    monkeypatch.setattr("tst_ray.room.living_nodes", lambda: [])
+    stage.room.least = 2
+    stage._leave_out()
+    assert stage.room.without == {"bad", "worse"}
+    assert stage.room.now() == 1, "it waits for a node"
+    stage._note_no_room(2)
+    assert stage.room.without == {"bad", "worse"}
+
+
 def test_no_node_is_left_out_where_that_is_not_wanted(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

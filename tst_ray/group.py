@@ -37,6 +37,10 @@ from tst_ray.timeouts import COLLECTIVE_S
 _NODE = "tst_ray_node"  # an attribute of what a worker raises: where that was
 
 
+class UnfitNode(Exception):
+    """A worker is on a node that could never train this run."""
+
+
 class GroupFailed(Exception):
     """A group ended without having finished or been told to; another attempt may go on.
 
@@ -44,6 +48,7 @@ class GroupFailed(Exception):
         started: whether its processes ran at all.
         no_room: whether they did not because nothing was free for them.
         ranks: those that failed in a way that may be their node's, and it, where they said so.
+        unfit: the nodes that will not do.
     """
 
     def __init__(
@@ -52,9 +57,11 @@ class GroupFailed(Exception):
         started: bool,
         no_room: bool = False,
         ranks: Mapping[int, str | None] | None = None,
+        unfit: Collection[str] = (),
     ) -> None:
         super().__init__(message)
         self.started, self.no_room, self.ranks = started, no_room, dict(ranks or {})
+        self.unfit = frozenset(unfit)
 
 
 class Group:
@@ -119,11 +126,18 @@ class Group:
             if isinstance(failure, (UserError, DataError)) and not isinstance(failure, Unreadable):
                 return RunError(f"{self._run.url}: {failure}")
         died = {rank: error for rank, error in failures.items() if _is_death(error)}
-        failed = died or failures  # others follow suit
+        unfit = {rank: error for rank, error in failures.items() if isinstance(error, UnfitNode)}
+        failed = unfit or died or failures  # others follow suit
         ranks = {rank: getattr(failure, _NODE, None) for rank, failure in failed.items()}
         if any(isinstance(failure, (OSError, Unreadable)) for failure in failed.values()):
             ranks = {}  # storage failed, whoever else then failed too
-        return GroupFailed(_told(failed, died) or one_line(error), started=True, ranks=ranks)
+        told = _told(failed, died=not unfit and bool(died)) or one_line(error)
+        return GroupFailed(
+            told,
+            started=True,
+            ranks=ranks,
+            unfit={getattr(error, _NODE) for error in unfit.values()},
+        )
 
 
 def _bare(failure: BaseException) -> BaseException:
@@ -140,7 +154,7 @@ def _is_death(failure: BaseException) -> bool:
     return isinstance(failure, RayActorError) and not hasattr(failure, _NODE)
 
 
-def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:
+def _told(failed: Mapping[int, BaseException], died: bool) -> str:
     """What happened to which ranks."""
     ranks = ", ".join(map(str, failed))
     if died:
@@ -259,10 +273,7 @@ def _check_seen(run: Storage) -> None:
 
     if not patiently(lambda: run.exists(STATE)):
         address = ray.util.get_node_ip_address()
-        # No OSError: this is the node's fault, and storage's none.
-        raise RuntimeError(
-            f"node {address} does not see {run.url}; run.storage is not mounted there"
-        )
+        raise UnfitNode(f"node {address} does not see {run.url}; run.storage is not mounted there")
 
 
 class Reading:

@@ -37,7 +37,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from tst_ray.architecture import (
     anatomy,
@@ -51,6 +50,7 @@ from tst_ray.architecture import (
     one_line,
     seeded,
 )
+from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
 from tst_ray.errors import ConfigError
 from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
@@ -86,16 +86,17 @@ class SuperpositionLM(nn.Module):
     Args:
         hf_model: the transformers model.
         scale: what its logits are multiplied with (`architecture.logit_scale`).
+        compile: whether the softmax of a chunked loss is compiled.
 
     Attributes:
         hf_model: the same; `hf_model.save_pretrained` writes it for anyone.
         has_router: whether it is a mixture whose router loss is trained on.
     """
 
-    def __init__(self, hf_model: Any, scale: float = 1.0) -> None:
+    def __init__(self, hf_model: Any, scale: float = 1.0, compile: bool = False) -> None:
         super().__init__()
         self.hf_model = hf_model
-        self._scale = scale
+        self._scale, self._compile = scale, compile
         self._num_experts, self._top_k = experts(hf_model.config)
         self._router_weight = float(getattr(hf_model.config, "router_aux_loss_coef", 0) or 0)
         self.has_router = self._num_experts > 0 and self._router_weight > 0
@@ -120,8 +121,8 @@ class SuperpositionLM(nn.Module):
         with_router = self.has_router and phase is not None
         if phase is None or phase.bag_size == 1:
             hidden, routing = self._hidden(tokens[:, :-1], with_router)
-            loss = self._next_token_loss(hidden, _ignore_fillers(tokens[:, 1:], num_real))
-            loss = loss / denominator
+            labels = _ignore_fillers(tokens[:, 1:], num_real)
+            loss = self._next_token_loss(hidden, labels, denominator)
         else:
             inputs, targets = _inputs_and_targets(tokens, phase)
             hidden, routing = self._hidden(inputs, with_router)
@@ -160,43 +161,55 @@ class SuperpositionLM(nn.Module):
 
     # -- losses, each summed over its targets ------------------------------------------------------
 
-    def _next_token_loss(self, hidden_nLd: Tensor, labels_nL: Tensor) -> Tensor:
-        """Σ cross-entropy, exactly as transformers computes it; in chunks where that is too big."""
+    def _next_token_loss(self, hidden_nLd: Tensor, labels_nL: Tensor, denominator: int) -> Tensor:
+        """Σ cross-entropy divided by the denominator, exactly as transformers computes it; where
+        its logits would be too big, in chunks."""
         head = self.hf_model.get_output_embeddings()
-        num_logits = labels_nL.numel() * head.weight.shape[0]
-        if num_logits * 4 <= WHOLE_LOGITS_BYTES:
-            return self._cross_entropy(hidden_nLd, labels_nL)
-        hidden_Nd, labels_N = hidden_nLd.flatten(0, 1), labels_nL.flatten()
-        rows = max(1, WHOLE_LOGITS_BYTES // 2 // (4 * head.weight.shape[0]))
-        pieces = zip(torch.split(hidden_Nd, rows), torch.split(labels_N, rows), strict=True)
-        losses = [checkpoint(self._cross_entropy, *piece, use_reentrant=False) for piece in pieces]
-        return torch.stack(losses).sum()
-
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.hf_model.get_output_embeddings()(hidden)
-        if self._scale != 1:
-            logits = logits * self._scale
-        logits_NV = logits.view(-1, logits.shape[-1])
-        logits_NV = logits_NV.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits_NV, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
+        if 4 * labels_nL.numel() * head.weight.shape[0] <= WHOLE_LOGITS_BYTES:
+            logits = head(hidden_nLd)
+            if self._scale != 1:
+                logits = logits * self._scale
+            logits_NV = logits.view(-1, logits.shape[-1])
+            logits_NV = logits_NV.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(
+                logits_NV, labels_nL.reshape(-1), ignore_index=IGNORE, reduction="sum"
+            )
+            return loss / denominator
+        labels_N1 = labels_nL.reshape(-1, 1)
+        counts_N1 = labels_N1 != IGNORE
+        dtype = torch.promote_types(hidden_nLd.dtype, torch.float32)
+        return chunked_cross_entropy(
+            self._scaled(hidden_nLd),
+            head.weight,
+            labels_N1.masked_fill(~counts_N1, 0),
+            counts_N1.to(dtype) / denominator,
+            chunk_rows=rows_within(WHOLE_LOGITS_BYTES, head.weight),
+            compile=self._compile,
+        )
 
     def _bag_loss(
         self, hidden_nLd: Tensor, targets_nLs: Tensor, phase: Phase, denominator: int
     ) -> Tensor:
         """Σ over positions of the multi-hot cross-entropy, divided by the denominator."""
-        if self._scale != 1:
-            hidden_nLd = hidden_nLd * self._scale
+        head = self.hf_model.get_output_embeddings()
         targets_Ns = targets_nLs.flatten(0, 1)
         return linear_multi_hot_cross_entropy(
-            hidden_nLd.flatten(0, 1),
-            self.hf_model.get_output_embeddings().weight,
+            self._scaled(hidden_nLd),
+            head.weight,
             targets_Ns,
             _place_weights(phase.weighting, targets_Ns.shape[1], targets_Ns.device),
             IGNORE,
             loss="mce_alt" if phase.loss == "mce_alt" else "mce",
             reduction="sum",
             divisor=denominator,
+            chunk_rows=rows_within(WHOLE_LOGITS_BYTES, head.weight),
+            compile=self._compile,
         )
+
+    def _scaled(self, hidden_nLd: Tensor) -> Tensor:
+        """Hidden states [N, d] whose logits are scaled."""
+        hidden_Nd = hidden_nLd.flatten(0, 1)
+        return hidden_Nd if self._scale == 1 else hidden_Nd * self._scale
 
     def _router_loss(self, routing: tuple[Tensor, ...], num_real: int, denominator: int) -> Tensor:
         """The load-balancing loss (Switch Transformer, equations 4–6), over all ranks.
@@ -300,7 +313,7 @@ def build_model(
         device: where to train.
         precision: `float32`, or `bfloat16` for forward and backward with float32 weights,
             reductions and optimizer.
-        compile: torch.compile each block.
+        compile: torch.compile each block, and the softmax of a chunked loss.
         activation_checkpointing: recompute each block's activations in the backward pass.
         sharded: False builds a plain float32 module in this process alone, whatever the group.
 
@@ -323,7 +336,7 @@ def build_model(
         problem = _first_problem(problem)
     if problem:
         raise ConfigError(problem)
-    model = SuperpositionLM(hf_model, scale).train()
+    model = SuperpositionLM(hf_model, scale, compile).train()
     whole = model.state_dict() if leads and weights else {}
     _prepare_blocks(model, activation_checkpointing, compile)
     if group:

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.order import rank_slots
 from tst_ray.config import Config, PhaseConfig, TrainConfig
 
-WHOLE_LOGITS_BYTES = 512 * 2**20  # larger logits never exist whole, but in chunks of half this
+WHOLE_LOGITS_BYTES = 512 * 2**20  # larger logits never exist whole, but in chunks of this
 TOKEN_BYTES = 8  # batches are int64 on the device
 
 
@@ -284,8 +284,9 @@ def memory_per_worker(
 
     parameters, gradients, optimizer: float32, a worker's shard of them.
     unsharded: what FSDP has gathered at once: the tables and two blocks (one at work, the next on
-        its way) in the compute precision with their gradients; while micro-batches accumulate,
-        every gradient in float32. Nothing for one float32 worker, which is not sharded.
+        its way) in the compute precision with their gradients; the gradient of the tables once
+        more in float32, as it is summed and sent; while micro-batches accumulate, every gradient in
+        float32. Nothing for one float32 worker, which is not sharded.
     activations: what backward keeps of one micro-batch (see `_activations`).
     logits: see `_logits`; evaluation runs as many rows, at the full sequence length (or 16,384
         positions, which without a backward pass need less than a step does).
@@ -299,11 +300,12 @@ def memory_per_worker(
     gathered = shape.root_parameters + 2 * shape.largest_block_parameters
     accumulated = shape.parameters if rows > height else 0
     positions = height * phase.latent_length
+    unsharded = 2 * compute_bytes * gathered + 4 * shape.root_parameters + 4 * accumulated
     memory = {
         "parameters": 4 * shard,
         "gradients": 4 * shard,
         "optimizer": 8 * shard,
-        "unsharded": (2 * compute_bytes * gathered + 4 * accumulated) if sharded else 0,
+        "unsharded": unsharded if sharded else 0,
         "activations": _activations(shape, positions, compute_bytes, train),
         "logits": _logits(shape, max(positions, height * plan.sequence_length)),
         "tokens": TOKEN_BYTES * rows * (phase.data_length + phase.lookahead),
@@ -324,8 +326,8 @@ def memory_checkpoint_bytes(shape: ModelShape, num_nodes: int) -> int:
 
 
 def _logits(shape: ModelShape, positions: int) -> int:
-    """Bytes of float32 logits and as much for their gradient, at most a chunk or a small batch."""
-    return 2 * min(4 * positions * shape.vocab_size, WHOLE_LOGITS_BYTES)
+    """Bytes of logits, their logarithms and their gradient, float32; at most a chunk of each."""
+    return 3 * min(4 * positions * shape.vocab_size, WHOLE_LOGITS_BYTES)
 
 
 def _activations(shape: ModelShape, positions: int, compute_bytes: int, train: TrainConfig) -> int:

@@ -25,7 +25,7 @@ from tst_ray.session import (
     room_for,
 )
 from tst_ray.storage import patiently
-from tst_ray.suspects import Events, left_out, to_leave_out
+from tst_ray.suspects import Events, left_out, to_leave_out, unfit
 from tst_ray.timeouts import NO_ROOM_S
 
 Value = TypeVar("Value")
@@ -54,7 +54,8 @@ class Room:
     Attributes:
         lacked_for: how many workers were last not given a place; None where none ever.
         left: how many are tried instead, for a while.
-        without: the nodes that are left out.
+        without: the nodes that are left out, …
+        unfit: … and those among them that are never taken back for lack of others.
     """
 
     def __init__(self, config: Config, least: int, most: int) -> None:
@@ -62,6 +63,7 @@ class Room:
         self.lacked_for: int | None = None
         self.left = 0
         self.without: frozenset[str] = frozenset()
+        self.unfit: frozenset[str] = frozenset()
         self._needed: frozenset[str] = frozenset()  # left out once, and then missed
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
@@ -94,15 +96,16 @@ class Room:
     def leave_out(self, events: Events) -> dict[str, Any] | None:
         """Leave out the nodes that a run's events tell of, and one more where it should go.
 
-        Where too few workers are left, none is: better such nodes than none.
+        Where too few workers are left, only the unfit are: better such nodes than none.
 
         Returns:
             what to tell of the one more; None where there is none.
         """
         most, now = self._config.fault.max_node_failures, time.time()
-        without = left_out(events, now) - self._needed
-        if most is None or (without and self.nodes_hold(without) < self.least):
-            self.without = frozenset()
+        self.unfit = unfit(events, now)
+        without = (left_out(events, now) - self._needed) | self.unfit
+        if most is None or (without > self.unfit and self.nodes_hold(without) < self.least):
+            self.without = self.unfit
             return None
         suspect = to_leave_out(events, now, most, self.least, _living, self.nodes_hold)
         self.without = without | {suspect["node"]} if suspect else without
@@ -120,7 +123,7 @@ class Room:
         As many as ran before are tried next, where those were fewer; else as many as nobody uses
         the places of.
         """
-        self._needed, self.without = self._needed | self.without, frozenset()
+        self._needed, self.without = self._needed | self.without, self.unfit
         if self._ran is not None and self._ran < world_size:
             self.left = self._ran
         else:

@@ -292,7 +292,7 @@ class TrainConfig(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """the arithmetic of forward and backward; weights and optimizer are float32 in both"""
     compile: bool = False
-    """whether to torch.compile each block"""
+    """whether to torch.compile each block, and the softmax of a loss in chunks"""
     activation_checkpointing: bool = False
     """whether to recompute each block's activations instead of keeping them"""
     threads: Count | None = None

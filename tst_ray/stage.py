@@ -13,6 +13,8 @@
     a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
                                            run ends after `fault.max_failures` without progress, and
                                            may leave out a node that ended many (suspects.py)
+    a worker's node does not see the     the same, without that node for an hour
+      run's storage
     no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
                                            no failure: a run waits for nodes as long as it takes
     interrupt: SIGTERM, Ctrl-C, or a     the run ends, to be resumed by the same command
@@ -48,7 +50,7 @@ from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
 from tst_ray.session import ASK_AGAIN_S, draining_nodes, own_node
 from tst_ray.storage import Storage, patiently
-from tst_ray.suspects import LEFT_OUT, laid_to
+from tst_ray.suspects import LEFT_OUT, UNFIT, laid_to
 
 Say = Callable[[str], None]
 
@@ -234,6 +236,8 @@ class Stage:
             node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
             costs_s=round(self._start_s, 1),
         )
+        for node in sorted(failure.unfit):
+            try_event(self.run, UNFIT, node=node, why=str(failure))
         charge(self.run, "restart")
         if self._interrupts.by is not None:
             raise self._interrupted()
@@ -320,9 +324,8 @@ class Stage:
         self._vaults.cover(nodes)
 
     def _leave_out(self) -> None:
-        """Go on without a node that ended one attempt after another, where that pays."""
-        if self.config.fault.max_node_failures is None:
-            return
+        """Go on without nodes that will not do, and without one that ended one attempt after
+        another, where that pays."""
         events = patiently(lambda: self.run.tail_records(EVENTS, _EVENTS_BYTES))
         if suspect := steadily(lambda: self.room.leave_out(events)):
             try_event(self.run, LEFT_OUT, **suspect)

@@ -9,25 +9,25 @@
 Source: Peng, Gigant, Quesnelle, *Efficient Pre-Training with Token Superposition*,
 arXiv 2605.06546. This module knows torch only.
 
-Shape suffixes: N positions, C positions of one chunk, s places of a bag, V vocabulary, d width.
+Shape suffixes: N positions, s places of a bag, V vocabulary, d width.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tst_ray.chunked_loss import chunked_cross_entropy
 
 Loss = Literal["mce", "mce_alt"]
 Reduction = Literal["mean", "sum"]
 
 WEIGHTINGS = ("uniform", "power_law", "exponential", "first_token", "mutual_information")
 
-_MAX_CHUNK_BYTES = 256 << 20  # of logits in memory at once
 _MUTUAL_INFORMATION = (3.63, 1.35, -1.25)  # C0, a, k of C0 + a·i^k, fitted in the paper
 
 
@@ -142,11 +142,11 @@ def linear_multi_hot_cross_entropy(
     reduction: Reduction = "mean",
     divisor: float = 1.0,
     chunk_rows: int | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Either multi-hot loss of the logits `hidden @ weight.T`, which never exist whole.
 
-    Positions go through in chunks. One logsumexp serves all s labels of a position, and the
-    gradients are made along the way, so nothing is computed twice and no s copies are made.
+    One softmax serves all s labels of a position (`chunked_loss.py`); no s copies are made.
 
     Args:
         hidden: [N, d].
@@ -158,7 +158,8 @@ def linear_multi_hot_cross_entropy(
             each place, or of positions for `mce_alt`) to the caller.
         divisor: what the result is divided by, before gradients are cast to the inputs' dtype: a
             later division would round the same factor into every bfloat16 gradient.
-        chunk_rows: positions a chunk; by default as many as 256 MiB of logits allow.
+        chunk_rows: positions a chunk; by default as many as 512 MiB of logits allow.
+        compile: whether to torch.compile the softmax.
 
     Returns:
         a scalar, float32 or the hidden states' float64.
@@ -173,111 +174,22 @@ def linear_multi_hot_cross_entropy(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     valid_Ns = targets != ignore_index
     if loss == "mce":
-        shares_Ns = valid_Ns * weights.to(hidden.device, dtype)
-        counts = valid_Ns.sum(dim=0)
+        masses_Ns = valid_Ns * weights.to(hidden.device, dtype)
+        counts = valid_Ns.sum(dim=0)  # [s]
     else:
-        shares_Ns = valid_Ns.to(dtype)  # only whether a label counts; `_bag_terms` shares them out
+        masses_Ns = valid_Ns.to(dtype)
         counts = valid_Ns.any(dim=1).sum()
-    ones = torch.ones_like(counts, dtype=dtype)
-    scale = ones / counts.clamp(min=1).to(dtype) if reduction == "mean" else ones
-    if chunk_rows is None:
-        chunk_rows = max(1, _MAX_CHUNK_BYTES // (4 * weight.shape[0]))
-    result: Tensor = _LinearMultiHot.apply(  # type: ignore[no-untyped-call]
+    if reduction == "mean":
+        masses_Ns = masses_Ns / counts.clamp(min=1)
+    return chunked_cross_entropy(
         hidden,
         weight,
         targets.masked_fill(~valid_Ns, 0),
-        shares_Ns,
-        scale / divisor,
-        loss,
-        chunk_rows,
-        torch.is_grad_enabled(),
+        masses_Ns / divisor,
+        jointly=loss == "mce_alt",
+        chunk_rows=chunk_rows,
+        compile=compile,
     )
-    return result
-
-
-class _LinearMultiHot(torch.autograd.Function):
-    """Σ_n a_n·logsumexp(z_n) − (the bag's term), chunk by chunk, with its gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_Nd: Tensor,
-        weight_Vd: Tensor,
-        targets_Ns: Tensor,
-        shares_Ns: Tensor,
-        scale: Tensor,
-        loss: Loss,
-        chunk_rows: int,
-        grad_enabled: bool,
-    ) -> Tensor:
-        dtype = shares_Ns.dtype
-        hidden_grad = torch.empty_like(hidden_Nd) if ctx.needs_input_grad[0] else None
-        wants_weight_grad = ctx.needs_input_grad[1] and grad_enabled
-        weight_grad = None  # made by the first chunk: filling it with zeros takes as long as adding
-        if not grad_enabled:
-            hidden_grad = None
-        total = torch.zeros((), dtype=dtype, device=hidden_Nd.device)
-        for start in range(0, len(hidden_Nd), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden_Cd, targets_Cs = hidden_Nd[rows], targets_Ns[rows]
-            logits_CV = (hidden_Cd @ weight_Vd.T).to(dtype)
-            lse_C = logits_CV.logsumexp(dim=1)
-            picked_Cs = logits_CV.gather(1, targets_Cs)
-            mass_Cs, bag_C = _bag_terms(picked_Cs, shares_Ns[rows], scale, loss)
-            mass_C = mass_Cs.sum(dim=1)
-            total += (mass_C * lse_C - bag_C).sum()
-            if hidden_grad is None and not wants_weight_grad:
-                continue
-            # d loss / d z = a·softmax(z) − (what the bag's labels get), made in the logits' memory
-            grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(mass_C[:, None])
-            grad_CV = grad_CV.scatter_add_(1, targets_Cs, -mass_Cs).to(hidden_Cd.dtype)
-            if hidden_grad is not None:
-                torch.mm(grad_CV, weight_Vd, out=hidden_grad[rows])
-            if wants_weight_grad:
-                weight_grad = _add_product(weight_grad, grad_CV.T, hidden_Cd, dtype)
-        if wants_weight_grad and weight_grad is None:  # no positions at all
-            weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
-        ctx.save_for_backward(hidden_grad, _cast(weight_grad, weight_Vd.dtype))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * grad.to(weight_grad.dtype),
-            *[None] * 6,
-        )
-
-
-def _bag_terms(
-    picked_Cs: Tensor, shares_Cs: Tensor, scale: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
-    """What the labels of each position's bag contribute, from their logits.
-
-    Returns:
-        the gradient's mass on each label [C, s], whose row sum is a_n, and the bag's term [C].
-    """
-    if loss == "mce":
-        mass_Cs = shares_Cs * scale
-        return mass_Cs, (mass_Cs * picked_Cs).sum(dim=1)
-    valid_C = shares_Cs.any(dim=1)
-    inside_Cs = picked_Cs.masked_fill(shares_Cs == 0, -math.inf)
-    inside_Cs = inside_Cs.masked_fill(~valid_C[:, None], 0)  # keeps a bag of no labels finite
-    factor_C = valid_C * scale
-    return inside_Cs.softmax(1) * factor_C[:, None], inside_Cs.logsumexp(1) * factor_C
-
-
-def _add_product(sum_: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_ + a @ b in `dtype`; in place, and without a copy of the product where that can be."""
-    if sum_ is None:
-        return (a @ b).to(dtype)
-    return sum_.addmm_(a, b) if a.dtype == dtype else sum_.add_(a @ b)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

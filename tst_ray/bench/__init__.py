@@ -5,6 +5,7 @@ kernels.py   loss, embed           superposition's own arithmetic
 data.py      tokenize, ingest, scale
 saving.py    checkpoint
 runs.py      startup, step, switch, recovery: whole runs
+model.py     mfu                   whole steps of the shipped models
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ BENCHES = {
     "scale": "data",
     "tokenize": "data",
     "recovery": "runs",
+    "mfu": "model",
 }
 """Every bench, and the module that it is in."""
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.utils import run_and_get_code
 
+from tst_ray.bench.measure import PeakBytes
 from tst_ray.chunked_loss import _softmax, chunked_cross_entropy, rows_within
 
 N, V, D = 48, 37, 8
@@ -95,6 +95,26 @@ def test_a_well_predicted_label_keeps_its_gradient_in_bfloat16() -> None:
     assert float(grad[0, 0]) == pytest.approx(float(p - 1), rel=2**-7)
 
 
+def test_chunks_are_not_in_memory_together() -> None:
+    """Of each, at most the logits, their logarithms and, below float32, the gradient's copy."""
+    vocab, rows = 4096, 16
+    hidden, weight = torch.randn(8 * rows, D).requires_grad_(), torch.randn(vocab, D)
+    targets, masses = torch.zeros(8 * rows, 2, dtype=torch.int64), torch.ones(8 * rows, 2)
+    with PeakBytes() as counted:
+        chunked_cross_entropy(hidden, weight, targets, masses, chunk_rows=rows).backward()
+    assert counted.peak < 2.3 * 4 * rows * vocab
+
+
+@pytest.mark.parametrize("jointly", [False, True])
+def test_without_gradients_the_loss_is_the_same(jointly: bool) -> None:
+    hidden, weight, targets, masses = make(3)
+    with_grad = chunked_cross_entropy(hidden, weight, targets, masses, jointly=jointly)
+    with torch.no_grad():
+        without = chunked_cross_entropy(hidden, weight, targets, masses, jointly=jointly)
+    assert not without.requires_grad
+    assert torch.equal(without, with_grad.detach())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("jointly", [False, True])
@@ -113,6 +133,8 @@ def test_compiled_it_is_the_same(dtype: torch.dtype, jointly: bool) -> None:
 @pytest.mark.slow
 def test_compiled_no_logit_is_in_memory_as_float32() -> None:
     """What its softmax allocates of the size of the logits is their gradient, in bfloat16."""
+    from torch._inductor.utils import run_and_get_code
+
     torch.compiler.reset()
     args = torch.randn(N, 4 * V).bfloat16(), torch.zeros(N, 3, dtype=torch.int64), torch.rand(N)
     _, (code,) = run_and_get_code(torch.compile(_softmax), *args)

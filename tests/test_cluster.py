@@ -277,15 +277,12 @@ def test_a_ray_that_a_run_started_is_found_by_the_run(tmp_path: Path) -> None:
 
 LOOK = """
 import sys, ray
-from tst_ray.errors import RunError
-from tst_ray.session import check_shared
+from tst_ray.sight import Sight
 ray.init(log_to_driver=False)
 for path in sys.argv[1:]:
-    try:
-        check_shared(path)
-        print("seen")
-    except RunError as error:
-        print(error)
+    sight = Sight(path)
+    sight.settle()
+    print(len(sight.unseen()), *sight.problems().values())
 """
 
 
@@ -301,8 +298,8 @@ def test_storage_that_a_node_does_not_see_is_told(cluster: LocalCluster, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen, unseen = done.stdout.splitlines()
-    assert seen == "seen"
-    assert re.fullmatch(r"run\.storage: node \S+ does not see /nowhere/lock; give .*", unseen)
+    assert seen == "0"
+    assert re.fullmatch(r"1 node \S+ does not see /nowhere/lock", unseen)
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
     monkeypatch.setattr("ray.get", lost)
     monkeypatch.setattr("tst_ray.coordinator.living_nodes", lambda: nodes)
     for wanted, asked in ((0.0, 0.0), (12 * GIB, 12 * GIB), (96 * GIB, 32 * GIB)):
-        wait = _begin("ray", memory_problem, memory=wanted)
+        wait = _begin("ray", memory_problem, memory=wanted, where={"some": "nodes"})
+        assert task.asked.pop("label_selector") == {"some": "nodes"}
         assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
     with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
         wait()

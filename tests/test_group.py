@@ -15,7 +15,7 @@ from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import BatchMismatch, Columns, Feed
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import RunError
-from tst_ray.group import Group, GroupFailed, Reading, UnfitNode, train_worker
+from tst_ray.group import Group, GroupFailed, Reading, train_worker
 from tst_ray.job import Place
 from tst_ray.storage import Storage
 
@@ -177,40 +177,20 @@ class Wrapped(Exception):
         self._base_exc = error
 
 
-def failed(**failures: Exception) -> GroupFailed:
-    """What a group whose ranks r0, r1, … failed so raises."""
-    from ray.train import TrainingFailedError
-
-    group = Group.__new__(Group)
-    group._run = Storage("/nowhere")
-    error = TrainingFailedError("a worker failed")
-    error.worker_failures = {int(name[1:]): failure for name, failure in failures.items()}
-    group._error = error
-    with pytest.raises(GroupFailed) as caught:
-        group.outcome()
-    return caught.value
-
-
-def test_a_failure_names_the_nodes_that_will_not_do() -> None:
-    """Whatever else ended with them: the others' collectives, a process."""
-    from ray.exceptions import ActorDiedError
-
-    unfit = UnfitNode("node 10.0.0.7 does not see /runs/a")
-    unfit.tst_ray_node = "node b"  # type: ignore[attr-defined]
-    unfit = pickle.loads(pickle.dumps(unfit))
-    failure = failed(r0=ActorDiedError(), r1=Wrapped(unfit), r2=Wrapped(OSError("503")))
-    assert failure.unfit == {"node b"}
-    assert failure.ranks == {1: "node b"}
-    assert str(failure) == "rank 1: node 10.0.0.7 does not see /runs/a"
-    assert failed(r0=ActorDiedError()).unfit == frozenset()
-
-
-def test_a_failure_names_the_ranks_and_what_their_node_may_have_done() -> None:
+def test_a_failure_names_the_ranks_and_what_their_node_may_have_done(tmp_path: Path) -> None:
     """Those that died, if any did; never those that storage failed."""
     from ray.exceptions import ActorDiedError
+    from ray.train import TrainingFailedError
 
     def ranks(**failures: Exception) -> dict[int, str | None]:
-        return failed(**failures).ranks
+        group = Group.__new__(Group)
+        group._run = Storage(str(tmp_path))
+        error = TrainingFailedError("a worker failed")
+        error.worker_failures = {int(name[1:]): failure for name, failure in failures.items()}
+        group._error = error
+        with pytest.raises(GroupFailed) as caught:
+            group.outcome()
+        return caught.value.ranks
 
     assert ranks(r0=Wrapped(RuntimeError("connection closed")), r1=ActorDiedError()) == {1: None}
     broken = RuntimeError("an uncorrectable ECC error")
@@ -248,7 +228,7 @@ def test_a_worker_on_a_node_that_does_not_see_the_run_touches_nothing(
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
     monkeypatch.setattr("tst_ray.worker.train", lambda job, place, batches: "trained")
     with pytest.raises(
-        UnfitNode, match=r"node 10\.0\.0\.7 does not see .*is not mounted"
+        RuntimeError, match=r"node 10\.0\.0\.7 does not see .*is not mounted"
     ) as caught:
         train_worker({"job": job})
     assert caught.value.tst_ray_node == "node b"  # type: ignore[attr-defined]

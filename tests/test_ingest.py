@@ -258,6 +258,32 @@ def test_bagging_is_a_ray_data_preprocessor() -> None:
 
 
 @pytest.mark.slow
+def test_reading_keeps_to_the_cpus_and_the_nodes_that_are_there(
+    ray_cluster: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Ray Data would have an autoscaler start nodes for it, and read on any that joins."""
+    import ray
+
+    from tst_ray.group import _Part, _phase_data
+    from tst_ray.session import only_on
+
+    made: list[Any] = []
+    make = ingest.ray_dataset
+    monkeypatch.setattr(ingest, "ray_dataset", lambda *args: made.append(make(*args)) or made[-1])
+    (tmp_path / "run.json").write_text('{"step": 1}')
+    part = _Part(make_feed(manifest), 0, 2)
+    readers = only_on([ray.get_runtime_context().get_node_id()])
+    for cpus_per_worker in (0.5, 1000.0):
+        _phase_data(str(tmp_path), cpus_per_worker, readers).configure({"part": part}, 2)
+    there = ray.cluster_resources()["CPU"]
+    options = [one.context.execution_options for one in made]
+    assert [option.label_selector for option in options] == [readers] * 2
+    limits = [option.resource_limits for option in options]
+    assert [limit.cpu for limit in limits] == [there - 1, 1]
+    assert limits[0].object_store_memory == float("inf")
+
+
+@pytest.mark.slow
 def test_datasets_follow_each_other_and_the_old_ones_end(
     ray_cluster: None, manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -268,7 +294,7 @@ def test_datasets_follow_each_other_and_the_old_ones_end(
 
     feed = make_feed(manifest)
     (tmp_path / "run.json").write_text('{"step": 1}')
-    data = _phase_data(str(tmp_path))
+    data = _phase_data(str(tmp_path), 1.0, {})
     actors: list[Any] = []
     came: list[Any] = []
     for first, last in [(0, 2), (2, 4), (4, 6), (6, 9)]:

@@ -12,8 +12,8 @@ LIST = """
     errors settings checks config timeouts goodput plan storage corpus chunked_loss superposition
     architecture model optim checkpoint sharded checkpointer guard background metrics watchdog
     journal job batches speed saving worker elastic suspects network interrupts
-    forkclient forkserver session runstore memory group room stage display export coordinator report
-    bench cli run
+    forkclient forkserver session sight runstore memory group room stage display export coordinator
+    report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

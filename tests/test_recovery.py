@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from cluster.injector import Injector
 from cluster.local import LocalCluster
 from cluster.targets import LocalTarget
 from tests.chaos import small_filesystem
+from tests.mounts import hidden, show
 from tests.test_runs import events, last_step, lines, wait_until, write_text
 from tests.test_worker import final_weights, same
 from tst_ray.storage import Storage
@@ -280,6 +282,35 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
     (grown,) = run.events("grow")
     assert (grown["before"], grown["workers"]) == (1, 2)
     assert [event["reason"] for event in run.events("stop")] == ["grow"]
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_storage_takes_no_part_until_it_does(
+    place: Place, whole: Run
+) -> None:
+    """It neither trains nor reads: shards that are not there would end the run."""
+    place.nodes(1)
+    run = place.start(
+        "blind", tst__workers="[1,2]", cluster__workers="[1,2]",
+        train__micro_batch_size=1,  # slow, so that all comes well before the end
+    )  # fmt: skip
+    run.reach(5)
+    with hidden(place.folder / "runs"):
+        blind = place.cluster.add_node(1, SPOT)
+    wait_until(lambda: bool(run.events("unseen")), "the run to say what the node does not see")
+    (told,) = run.events("unseen")
+    assert told["node"] == blind
+    assert re.fullmatch(r"node \S+ does not see \S+/blind/config.yaml", told["why"])
+    run.reach(last_step(run.folder) + 10)
+    assert [event["world_size"] for event in run.events("attempt")] == [1]
+    refused = place.start("refused").finish(status=1)
+    assert "give a folder or a URL that all nodes share" in refused
+    show(place.folder / "runs", place.cluster.raylet_pid(blind))
+    wait_until(lambda: bool(run.events("grow")), "the run to grow onto the node")
+    run.finish()
+    assert_nothing_lost(run, whole, same_size=False)
+    assert [event["world_size"] for event in run.events("attempt")] == [1, 2]
+    assert not run.events("failure")
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tst_ray.group import GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
 from tst_ray.room import Room
+from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
 
@@ -221,7 +222,9 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     tried: list[int] = []
 
     class Group:
-        def __init__(self, run: Storage, job: Any, world_size: int, without: Any) -> None:
+        def __init__(
+            self, run: Storage, job: Any, world_size: int, without: Any, readers: Any
+        ) -> None:
             tried.append(world_size)
 
         def wait(self, seconds: float) -> bool:
@@ -286,7 +289,7 @@ def test_of_gpus_only_those_that_nobody_uses_are_grown_into(
     monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 1)
     assert stage.room.possible(2) == 4  # on CPUs, what is free says little
     cluster = stage.config.cluster.model_copy(update={"gpus_per_worker": 1.0})
-    on_gpus = Room(stage.config.model_copy(update={"cluster": cluster}), 1, 4)
+    on_gpus = Room(stage.config.model_copy(update={"cluster": cluster}), 1, 4, Sight())
     assert on_gpus.possible(2) == 3
 
 
@@ -361,7 +364,9 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     groups: list[list[str]] = []
 
     class Group:
-        def __init__(self, run: Storage, job: Any, world_size: int, without: Any) -> None:
+        def __init__(
+            self, run: Storage, job: Any, world_size: int, without: Any, readers: Any
+        ) -> None:
             self.nodes = [name for name in ("bad", "good", "other") if name not in without]
             self.nodes = self.nodes[:world_size]
             groups.append(self.nodes)
@@ -422,28 +427,34 @@ def test_a_node_that_is_left_out_and_missed_is_taken_back(
     assert stage.room.without == frozenset()
 
 
-@pytest.mark.parametrize("most", ["null", "3"])
-def test_unfit_nodes_are_left_out_at_once_and_never_taken_back(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, most: str
+def test_nodes_that_do_not_see_the_run_are_no_room_and_told_once(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three nodes two lack the mount; without them there is room for one worker of two."""
-    stage = Supervised(tmp_path, manifest, "[1, 2]", fault__max_node_failures=most)
-    failure = GroupFailed("does not see", started=True, unfit={"bad", "worse"})
-    stage._count(failure, read_state(stage.run))
-    told = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "unfit"]
+    class Seen(Sight):
+        problem: str | None = "node 10.0.0.7 does not see /runs"
+
+        def look(self) -> None:
+            """Nothing: what there is to see is given."""
+
+        def unseen(self) -> frozenset[str]:
+            return frozenset({"blind"} if self.problem else ())
+
+        def problems(self) -> dict[str, str]:
+            return {"blind": self.problem} if self.problem else {}
+
+    stage = Supervised(tmp_path, manifest, "[1, 2]")
+    sight = stage._sight = stage.room.sight = Seen()
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 2 - len(without))
+    assert (stage.room.now(), stage.room.without) == (1, {"blind"})
+    for problem in (sight.problem, sight.problem, None, sight.problem):
+        sight.problem = problem
+        stage._tell_of_the_blind()
+    told = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "unseen"]
     assert [(e["node"], e["why"]) for e in told] == [
-        ("bad", "does not see"),
-        ("worse", "does not see"),
-    ]
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 3 - len(without))
-    monkeypatch.setattr("tst_ray.room.free_room", lambda config, most, without: 0)
-    monkeypatch.setattr("tst_ray.room.living_nodes", lambda: [])
-    stage.room.least = 2
-    stage._leave_out()
-    assert stage.room.without == {"bad", "worse"}
-    assert stage.room.now() == 1, "it waits for a node"
-    stage._note_no_room(2)
-    assert stage.room.without == {"bad", "worse"}
+        ("blind", "node 10.0.0.7 does not see /runs")
+    ] * 2
+    sight.problem = None
+    assert (stage.room.now(), stage.room.without) == (2, frozenset())
 
 
 def test_no_node_is_left_out_where_that_is_not_wanted(
@@ -505,9 +516,9 @@ def test_checkpoints_in_memory_are_where_workers_are_or_may_come(
         lambda without=(): [node for node in nodes if node.node_id not in without],
     )
     assert placed() == [("cover", {"a", "b", "c"})]
-    stage.room.without = frozenset("a")
+    stage.room._left_out = frozenset("a")
     assert placed() == [("cover", {"b", "c"})]
-    stage.room.without = frozenset()
+    stage.room._left_out = frozenset()
     at_work: dict[str, Any] = {"attempt": 1, "attempt_from": 10, "nodes": ["b", "c", "b"]}
     update_state(stage.run, **at_work, step=209)
     stage._trains = True

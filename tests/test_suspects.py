@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tst_ray.suspects import MEMORY_S, UNFIT_S, laid_to, left_out, to_leave_out, unfit
+from tst_ray.suspects import MEMORY_S, laid_to, left_out, to_leave_out
 
 NOW = 1e9
 HOUR = 3600.0
@@ -101,16 +101,8 @@ def test_a_day_later_it_is_forgotten() -> None:
     assert to_leave_out(events, later, 3, 1, all_there, SPARE) is None
 
 
-def test_an_unfit_node_is_tried_again_an_hour_later() -> None:
-    events = [{"event": "unfit", "time": NOW, "node": "bad"}]
-    assert unfit(events, NOW + 1) == {"bad"}
-    assert unfit(events, NOW + UNFIT_S + 1) == frozenset()
-    assert left_out(events, NOW + 1) == frozenset()
-
-
-@pytest.mark.parametrize("kind", ["left_out", "unfit"])
-def test_a_second_node_is_judged_by_what_is_left(kind: str) -> None:
-    out = {"event": kind, "time": NOW, "node": "other"}
+def test_a_second_node_is_judged_by_what_is_left() -> None:
+    out = {"event": "left_out", "time": NOW, "node": "other"}
     rare = failures(9 * HOUR, 5 * HOUR, 0)
     assert to_leave_out(rare, NOW, 3, 1, all_there, SPARE) is not None
     assert (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 512 << 20  # of float32 logits in memory at once
+CHUNK_BYTES = 512 << 20  # of float32 logits made at once
 
 Softmax = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -90,18 +90,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden_Cd, targets_Cs, masses_Cs = hidden_Nd[rows], targets_Ns[rows], masses_Ns[rows]
             mass_C = masses_Cs.amax(1) if jointly else masses_Cs.sum(1)
-            logp_Cs, grad_CV = softmax(hidden_Cd @ weight_Vd.T, targets_Cs, mass_C)
-            if jointly:
-                losses_C, masses_Cs = _joint_terms(logp_Cs, masses_Cs, mass_C)
-            else:
-                losses_C = -(masses_Cs * logp_Cs).sum(1)
+            logits_CV = hidden_Cd @ weight_Vd.T
+            if hidden_grad is None and not wants_weight_grad:
+                logp_Cs = logits_CV.log_softmax(1, dtype=dtype).gather(1, targets_Cs)
+                total += _losses(logp_Cs, masses_Cs, mass_C, jointly)[0].sum()
+                continue
+            logp_Cs, grad_CV = softmax(logits_CV, targets_Cs, mass_C)
+            losses_C, masses_Cs = _losses(logp_Cs, masses_Cs, mass_C, jointly)
             total += losses_C.sum()
-            if wants_hidden_grad or wants_weight_grad:
-                _subtract_labels(grad_CV, logp_Cs, targets_Cs, masses_Cs, mass_C)
+            _subtract_labels(grad_CV, logp_Cs, targets_Cs, masses_Cs, mass_C)
             if hidden_grad is not None:
                 torch.mm(grad_CV, weight_Vd, out=hidden_grad[rows])
             if wants_weight_grad:
                 weight_grad = _add_product(weight_grad, grad_CV.T, hidden_Cd, dtype)
+            del logits_CV, grad_CV  # before the next chunk's are made
         if wants_weight_grad and weight_grad is None:  # no positions at all
             weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
         ctx.save_for_backward(hidden_grad, _cast(weight_grad, weight_Vd.dtype))
@@ -127,12 +129,16 @@ def _softmax(logits_CV: Tensor, targets_Cs: Tensor, mass_C: Tensor) -> tuple[Ten
 
 @cache
 def _compiled_softmax() -> Softmax:
-    """The same in one pass over the logits, none of whose float32 values reach the memory."""
+    """The same in one kernel, by which none of the logits' float32 values reaches the memory."""
     return torch.compile(_softmax)
 
 
-def _joint_terms(logp_Cs: Tensor, masses_Cs: Tensor, mass_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses [C] of labels that are one event, and how each's mass falls on its labels."""
+def _losses(
+    logp_Cs: Tensor, masses_Cs: Tensor, mass_C: Tensor, jointly: bool
+) -> tuple[Tensor, Tensor]:
+    """The losses [C], and how each's mass falls on its labels [C, s]."""
+    if not jointly:
+        return -(masses_Cs * logp_Cs).sum(1), masses_Cs
     inside_Cs = logp_Cs.masked_fill(masses_Cs == 0, -math.inf)
     inside_Cs = inside_Cs.masked_fill((mass_C == 0)[:, None], 0)  # keeps what has no label finite
     return -inside_Cs.logsumexp(1) * mass_C, inside_Cs.softmax(1) * mass_C[:, None]
@@ -146,7 +152,7 @@ def _subtract_labels(
     Written, not added: a label that is there twice gets the same number twice, so that the order
     makes no difference. And from float32: near p = 1 the two terms are nearly the same.
     """
-    same_Css = targets_Cs[:, :, None] == targets_Cs[:, None, :]
+    same_Css = targets_Cs[:, :, None] == targets_Cs[:, None, :]  # s · s is far less than V
     on_label_Cs = (same_Css * masses_Cs[:, None, :]).sum(2)
     values_Cs = logp_Cs.exp() * mass_C[:, None] - on_label_Cs
     grad_CV.scatter_(1, targets_Cs, values_Cs.to(grad_CV.dtype))

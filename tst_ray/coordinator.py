@@ -20,7 +20,7 @@ import importlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,13 +40,13 @@ from tst_ray.runstore import CONFIG, MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import (
     ask_autoscaler,
     check_capacity,
-    check_shared,
     least_workers,
     living_nodes,
     object_stores,
     ray_session,
     unused_gpus,
 )
+from tst_ray.sight import Sight
 from tst_ray.stage import Stage, charge, newest_step
 from tst_ray.storage import Storage
 
@@ -112,6 +112,7 @@ class Coordinator:
         self.state = State.PREPARE
         self.log_path: str | None = None
         self.vaults: Any = None  # the memory of the cluster, where checkpoints are kept too
+        self.sight = Sight()  # which nodes see the run
 
     def run(self) -> Outcome:
         """Train to the end.
@@ -166,17 +167,28 @@ class Coordinator:
                 update_state(run, ray_address=session.address)
                 try:
                     check = self._begin_check("ray")  # here, while others look at their nodes
-                    self._check_cluster(run)
+                    self._check_cluster(run, is_local=session.is_local)
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray", check)
                 finally:
                     ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
-    def _check_cluster(self, run: Storage) -> None:
-        """Refuse a cluster that the run could not use, and say what it leaves unused."""
-        check_capacity(self.config, self.plan, newest_step(run), self.say)
-        if run.is_local:
-            check_shared(run.at(CONFIG))
+    def _check_cluster(self, run: Storage, is_local: bool) -> None:
+        """Refuse a cluster that the run could not use, and say what it leaves unused.
+
+        A new run is refused on nodes that do not see its folder: its text is prepared on all. One
+        that has begun goes on without them.
+        """
+        step = newest_step(run)
+        check_capacity(self.config, self.plan, step, self.say)
+        if run.is_local and not is_local:
+            self.sight = Sight(run.at(CONFIG))
+            self.sight.settle()
+        if not step and (problems := self.sight.problems()):
+            raise RunError(
+                f"run.storage: {next(iter(problems.values()))}; give a folder or a URL that all "
+                "nodes share, and install this package on every node"
+            )
         if gpus := unused_gpus(self.config):
             self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
 
@@ -223,7 +235,11 @@ class Coordinator:
             self.say("writing the model folder")
             self._charge(run, "closing")
             step, samples = _call(
-                backend, export_model, run.url, memory=_EXPORT_BYTES * shape.parameters
+                backend,
+                export_model,
+                run.url,
+                memory=_EXPORT_BYTES * shape.parameters,
+                where=self.sight.where(),
             )
             self._charge(run, "closing")
             if step == self.plan.total_steps:
@@ -287,7 +303,7 @@ class Coordinator:
         self._announce(phases, step)
         memory_url = self.vaults.url if self.vaults else None
         job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url)
-        stage = Stage(run, self.config, self.plan, phases, job, self.say, self.vaults)
+        stage = Stage(run, self.config, self.plan, phases, job, self.say, self.vaults, self.sight)
         with watch(run, self.plan, self.terminal):
             stage.train()
 
@@ -387,18 +403,23 @@ def _fold_events(run: Storage) -> None:
         run.fold(EVENTS)
 
 
-def _call(backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0) -> Any:
+def _call(backend: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a function as a Ray task, or here where there is no Ray; see `_begin`."""
-    return _begin(backend, function, *args, memory=memory)()
+    return _begin(backend, function, *args, **options)()
 
 
 def _begin(
-    backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0
+    backend: str,
+    function: Callable[..., Any],
+    *args: Any,
+    memory: float = 0.0,
+    where: Mapping[str, str] | None = None,
 ) -> Callable[[], Any]:
     """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
 
     Args:
         memory: the bytes it needs: it is not to be put on a small head where others are larger.
+        where: the label selector of the nodes it may go to.
     """
     if backend == "inline":
         return lambda: function(*args)
@@ -408,7 +429,7 @@ def _begin(
     nodes = [node.resources for node in living_nodes() if node.places({"CPU": 1.0})]
     # Half of the largest at the most: better there than nowhere, or behind what others hold.
     most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
-    options = {"num_cpus": 1, "memory": min(memory, most)}
+    options = {"num_cpus": 1, "memory": min(memory, most), "label_selector": where or None}
     begun = ray.remote(function).options(**options).remote(*args)
 
     def wait() -> Any:

@@ -37,10 +37,6 @@ from tst_ray.timeouts import COLLECTIVE_S
 _NODE = "tst_ray_node"  # an attribute of what a worker raises: where that was
 
 
-class UnfitNode(Exception):
-    """A worker is on a node that could never train this run."""
-
-
 class GroupFailed(Exception):
     """A group ended without having finished or been told to; another attempt may go on.
 
@@ -48,7 +44,6 @@ class GroupFailed(Exception):
         started: whether its processes ran at all.
         no_room: whether they did not because nothing was free for them.
         ranks: those that failed in a way that may be their node's, and it, where they said so.
-        unfit: the nodes that will not do.
     """
 
     def __init__(
@@ -57,11 +52,9 @@ class GroupFailed(Exception):
         started: bool,
         no_room: bool = False,
         ranks: Mapping[int, str | None] | None = None,
-        unfit: Collection[str] = (),
     ) -> None:
         super().__init__(message)
         self.started, self.no_room, self.ranks = started, no_room, dict(ranks or {})
-        self.unfit = frozenset(unfit)
 
 
 class Group:
@@ -72,13 +65,19 @@ class Group:
         job: what each worker is told (`worker.Job`).
         world_size: how many workers.
         without: the nodes to leave out.
+        readers: the label selector of nodes that may read the shards.
     """
 
     def __init__(
-        self, run: Storage, job: Job, world_size: int, without: Collection[str] = ()
+        self,
+        run: Storage,
+        job: Job,
+        world_size: int,
+        without: Collection[str] = (),
+        readers: Mapping[str, str] | None = None,
     ) -> None:
-        self._run, self._job, self._world_size = run, job, world_size
-        self._without = without
+        self._start = partial(_fit, run, job, world_size, without, dict(readers or {}))
+        self._run = run
         self._result: Any = None
         self._error: BaseException | None = None
         # A thread: the main one must stay free for signals, and Ray Train's own handler, which
@@ -104,7 +103,7 @@ class Group:
 
     def _fit(self) -> None:
         try:
-            self._result = _fit(self._run, self._job, self._world_size, self._without)
+            self._result = self._start()
         except BaseException as error:
             self._error = error
 
@@ -126,18 +125,11 @@ class Group:
             if isinstance(failure, (UserError, DataError)) and not isinstance(failure, Unreadable):
                 return RunError(f"{self._run.url}: {failure}")
         died = {rank: error for rank, error in failures.items() if _is_death(error)}
-        unfit = {rank: error for rank, error in failures.items() if isinstance(error, UnfitNode)}
-        failed = unfit or died or failures  # others follow suit
+        failed = died or failures  # others follow suit
         ranks = {rank: getattr(failure, _NODE, None) for rank, failure in failed.items()}
         if any(isinstance(failure, (OSError, Unreadable)) for failure in failed.values()):
             ranks = {}  # storage failed, whoever else then failed too
-        told = _told(failed, died=not unfit and bool(died)) or one_line(error)
-        return GroupFailed(
-            told,
-            started=True,
-            ranks=ranks,
-            unfit={getattr(error, _NODE) for error in unfit.values()},
-        )
+        return GroupFailed(_told(failed, died) or one_line(error), started=True, ranks=ranks)
 
 
 def _bare(failure: BaseException) -> BaseException:
@@ -154,7 +146,7 @@ def _is_death(failure: BaseException) -> bool:
     return isinstance(failure, RayActorError) and not hasattr(failure, _NODE)
 
 
-def _told(failed: Mapping[int, BaseException], died: bool) -> str:
+def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:
     """What happened to which ranks."""
     ranks = ", ".join(map(str, failed))
     if died:
@@ -162,7 +154,9 @@ def _told(failed: Mapping[int, BaseException], died: bool) -> str:
     return f"rank {ranks}: {one_line(next(iter(failed.values())))}" if failed else ""
 
 
-def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> Any:
+def _fit(
+    run: Storage, job: Job, world_size: int, without: Collection[str], readers: dict[str, str]
+) -> Any:
     """Run `train_worker` on every worker of a new group, to its end.
 
     See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
@@ -205,7 +199,7 @@ def _fit(run: Storage, job: Job, world_size: int, without: Collection[str]) -> A
         ),
         torch_config=_torch_config("nccl" if gpus else "gloo"),
         datasets=_datasets(job),
-        dataset_config=_phase_data(run.url),
+        dataset_config=_phase_data(run.url, config.cluster.cpus_per_worker, readers),
     )
     return trainer.fit().return_value
 
@@ -273,7 +267,10 @@ def _check_seen(run: Storage) -> None:
 
     if not patiently(lambda: run.exists(STATE)):
         address = ray.util.get_node_ip_address()
-        raise UnfitNode(f"node {address} does not see {run.url}; run.storage is not mounted there")
+        # No OSError: this is the node's fault, and storage's none.
+        raise RuntimeError(
+            f"node {address} does not see {run.url}; run.storage is not mounted there"
+        )
 
 
 class Reading:
@@ -361,7 +358,8 @@ def _itself(part: _Part) -> Any:
     return part
 
 
-def _phase_data(run_url: str) -> Any:
+def _phase_data(run_url: str, cpus_per_worker: float, readers: dict[str, str]) -> Any:
+    import ray
     import ray.data
     import ray.train
 
@@ -382,11 +380,19 @@ def _phase_data(run_url: str) -> Any:
             self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
         ) -> list[dict[str, Any]]:
             step = int(read_state(Storage(run_url))["step"])
+            # As many CPUs as there are beside the workers. Without a limit, Ray Data asks an
+            # autoscaler for twice as many when these are busy, and then on, busy or not.
+            spare = ray.cluster_resources().get("CPU", 0.0) - world_size * cpus_per_worker
+            options = ray.data.ExecutionOptions(
+                preserve_order=True,
+                resource_limits=ray.data.ExecutionResources.for_limits(cpu=max(spare, 1.0)),
+                label_selector=readers or None,
+            )
             output: list[dict[str, Any]] = [{} for _ in range(world_size)]
             for name, part in datasets.items():
                 dataset = ray_dataset(part.feed, max(step, part.first), part.last, world_size)
                 dataset.set_name(name)
-                dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+                dataset.context.execution_options = options
                 dataset.context.enable_progress_bars = False
                 splits = dataset.streaming_split(world_size, equal=True)
                 for rank, split in enumerate(splits):

@@ -24,8 +24,9 @@ from tst_ray.session import (
     nodes_for_workers,
     room_for,
 )
+from tst_ray.sight import Sight
 from tst_ray.storage import patiently
-from tst_ray.suspects import Events, left_out, to_leave_out, unfit
+from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
 
 Value = TypeVar("Value")
@@ -50,27 +51,31 @@ class Room:
     Args:
         config: the run's.
         least, most: how many workers the stage may have.
+        sight: which nodes see the run.
 
     Attributes:
         lacked_for: how many workers were last not given a place; None where none ever.
         left: how many are tried instead, for a while.
-        without: the nodes that are left out, …
-        unfit: … and those among them that are never taken back for lack of others.
     """
 
-    def __init__(self, config: Config, least: int, most: int) -> None:
-        self._config, self.least, self.most = config, least, most
+    def __init__(self, config: Config, least: int, most: int, sight: Sight) -> None:
+        self._config, self.least, self.most, self.sight = config, least, most, sight
         self.lacked_for: int | None = None
         self.left = 0
-        self.without: frozenset[str] = frozenset()
-        self.unfit: frozenset[str] = frozenset()
+        self._left_out: frozenset[str] = frozenset()
         self._needed: frozenset[str] = frozenset()  # left out once, and then missed
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
         self._ran: int | None = None  # how many workers the last group had that started
 
+    @property
+    def without(self) -> frozenset[str]:
+        """The nodes that are left out, and those that do not see the run."""
+        return self._left_out | self.sight.unseen()
+
     def now(self) -> int:
         """How many workers to start, of those allowed; fewer than `least`: wait for nodes."""
+        self.sight.look()
         room = self.nodes_hold(self.without)
         barred = time.monotonic() < self._until and room <= self._then
         return min(room, max(self.left, self.least)) if barred else room
@@ -87,7 +92,7 @@ class Room:
 
     def nodes_hold(self, without: frozenset[str]) -> int:
         """How many workers nodes have room for, all but some of them, others' use not counted."""
-        return room_for(self._config, self.most, without)
+        return room_for(self._config, self.most, without | self.sight.unseen())
 
     def nodes(self) -> set[str]:
         """The nodes that could have workers, whoever uses them."""
@@ -96,19 +101,18 @@ class Room:
     def leave_out(self, events: Events) -> dict[str, Any] | None:
         """Leave out the nodes that a run's events tell of, and one more where it should go.
 
-        Where too few workers are left, only the unfit are: better such nodes than none.
+        Where too few workers are left, none is: better such nodes than none.
 
         Returns:
             what to tell of the one more; None where there is none.
         """
         most, now = self._config.fault.max_node_failures, time.time()
-        self.unfit = unfit(events, now)
-        without = (left_out(events, now) - self._needed) | self.unfit
-        if most is None or (without > self.unfit and self.nodes_hold(without) < self.least):
-            self.without = self.unfit
+        without = left_out(events, now) - self._needed
+        if most is None or (without and self.nodes_hold(without) < self.least):
+            self._left_out = frozenset()
             return None
         suspect = to_leave_out(events, now, most, self.least, _living, self.nodes_hold)
-        self.without = without | {suspect["node"]} if suspect else without
+        self._left_out = without | {suspect["node"]} if suspect else without
         return {**suspect, "address": address_of(suspect["node"])} if suspect else None
 
     def ran(self, world_size: int) -> None:
@@ -123,7 +127,7 @@ class Room:
         As many as ran before are tried next, where those were fewer; else as many as nobody uses
         the places of.
         """
-        self._needed, self.without = self._needed | self.without, self.unfit
+        self._needed, self._left_out = self._needed | self._left_out, frozenset()
         if self._ran is not None and self._ran < world_size:
             self.left = self._ran
         else:

@@ -30,7 +30,6 @@ _CONNECT_TIMEOUT_S = 10.0
 ASK_AGAIN_S = 10.0
 """Between two requests to an autoscaler, which knows the last one only: another run's end takes it
 back, and every 20 s the coordinator of Ray Train and Ray Data puts in its place what these use."""
-_LOOK_S = 120.0  # for every node to start a process and look at a file
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
@@ -256,53 +255,6 @@ def unused_gpus(config: Config) -> int:
     return int(sum(node.resources.get("GPU", 0.0) for node in living_nodes()))
 
 
-def check_shared(path: str) -> None:
-    """Refuse a file of this machine that some other node of the cluster does not see.
-
-    Looked for by a task on every node that has CPUs; one that does not answer says nothing.
-
-    Raises:
-        RunError: with the node and the remedy.
-    """
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = own_node()
-    addresses = {
-        node["NodeID"]: node["NodeManagerAddress"]
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU")
-    }
-    looks = {}
-    for node_id in addresses.keys() - {here}:
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        look = ray.remote(sees).options(num_cpus=0, scheduling_strategy=there)
-        looks[node_id] = look.remote(path)
-    deadline = time.monotonic() + _LOOK_S
-    for node_id, look in looks.items():
-        try:
-            seen = ray.get(look, timeout=max(deadline - time.monotonic(), 1.0))
-        except RayTaskError as error:  # the look itself cannot fail
-            told = str(error).strip().splitlines()[-1][:300]
-            raise RunError(
-                f"node {addresses[node_id]}: this package cannot be imported there ({told}); "
-                "install it on every node"
-            ) from error
-        except RayError:  # it is gone, or slow
-            continue
-        if not seen:
-            raise RunError(
-                f"run.storage: node {addresses[node_id]} does not see {path}; give a folder or a "
-                "URL that all nodes share"
-            )
-
-
-def sees(path: str) -> bool:
-    """Whether there is a file of that path where this runs."""
-    return os.path.exists(path)
-
-
 def _shortage(config: Config, workers: int) -> str | None:
     """What the cluster lacks for so many workers; None where it lacks nothing."""
     per_worker, nodes = worker_resources(config), living_nodes()
@@ -432,6 +384,11 @@ def away_from(nodes: Collection[str]) -> dict[str, str]:
     See https://docs.ray.io/en/latest/ray-core/scheduling/labels.html.
     """
     return {"ray.io/node-id": f"!in({','.join(sorted(nodes))})"} if nodes else {}
+
+
+def only_on(nodes: Collection[str]) -> dict[str, str]:
+    """The label selector that keeps to some nodes, by Ray's ids."""
+    return {"ray.io/node-id": f"in({','.join(sorted(nodes))})"}
 
 
 def worker_resources(config: Config) -> dict[str, float]:

@@ -13,8 +13,6 @@
     a worker died, failed or hung        the next attempt, from the newest committed checkpoint; the
                                            run ends after `fault.max_failures` without progress, and
                                            may leave out a node that ended many (suspects.py)
-    a worker's node does not see the     the same, without that node for an hour
-      run's storage
     no room: others use the nodes        the next attempt, with fewer workers where that is allowed;
                                            no failure: a run waits for nodes as long as it takes
     interrupt: SIGTERM, Ctrl-C, or a     the run ends, to be resumed by the same command
@@ -49,8 +47,9 @@ from tst_ray.metrics import EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
 from tst_ray.session import ASK_AGAIN_S, draining_nodes, own_node
+from tst_ray.sight import Sight
 from tst_ray.storage import Storage, patiently
-from tst_ray.suspects import LEFT_OUT, UNFIT, laid_to
+from tst_ray.suspects import LEFT_OUT, laid_to
 
 Say = Callable[[str], None]
 
@@ -94,6 +93,7 @@ class Stage:
         job: what workers are told.
         say: tells the user a line.
         vaults: the memory of the cluster (`memory.Vaults`); None for none.
+        sight: which nodes see the run; None where all do.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Stage:
         job: Job,
         say: Say,
         vaults: Any = None,
+        sight: Sight | None = None,
     ) -> None:
         self.run, self.config, self.plan, self.phases = run, config, plan, phases
         self.job, self.say, self._vaults = job, say, vaults
@@ -121,7 +122,9 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
-        self.room = Room(config, phases[0].min_workers, phases[0].max_workers)
+        self._sight = sight or Sight()
+        self._blind: set[str] = set()  # the nodes that were said not to see the run
+        self.room = Room(config, phases[0].min_workers, phases[0].max_workers, self._sight)
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
@@ -161,7 +164,8 @@ class Stage:
         self._attempts += 1
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
-        group = Group(self.run, self.job, world_size, self.room.without)
+        readers = self._sight.where()
+        group = Group(self.run, self.job, world_size, self.room.without, readers)
         while not group.wait(_SUPERVISE_S):
             try:
                 self._supervise(world_size, started)
@@ -236,8 +240,6 @@ class Stage:
             node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
             costs_s=round(self._start_s, 1),
         )
-        for node in sorted(failure.unfit):
-            try_event(self.run, UNFIT, node=node, why=str(failure))
         charge(self.run, "restart")
         if self._interrupts.by is not None:
             raise self._interrupted()
@@ -283,8 +285,10 @@ class Stage:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least = self.room.least
         self._leave_out()
+        steadily(self._sight.settle)
         self.room.ask()
         room = steadily(self.room.now)
+        self._tell_of_the_blind()
         if room < least:
             self.say(f"waiting for nodes: room for {room} of at least {least} workers")
             try_event(self.run, "waiting", room=room, min_workers=least)
@@ -295,6 +299,7 @@ class Stage:
                     raise self._interrupted()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
+                self._tell_of_the_blind()
                 if time.monotonic() - asked_at > ASK_AGAIN_S:
                     asked_at = time.monotonic()
                     self._leave_out()  # fewer others may be left, and the node do after all
@@ -323,9 +328,18 @@ class Stage:
             self._vaults.keep_to(nodes)
         self._vaults.cover(nodes)
 
+    def _tell_of_the_blind(self) -> None:
+        """Tell of each node that does not see the run, once until it does."""
+        problems = self._sight.problems()
+        for node in problems.keys() - self._blind:
+            try_event(self.run, "unseen", node=node, why=problems[node])
+            self.say(f"{problems[node]} (run.storage): going on without it until that is mended")
+        self._blind = set(problems)
+
     def _leave_out(self) -> None:
-        """Go on without nodes that will not do, and without one that ended one attempt after
-        another, where that pays."""
+        """Go on without a node that ended one attempt after another, where that pays."""
+        if self.config.fault.max_node_failures is None:
+            return
         events = patiently(lambda: self.run.tail_records(EVENTS, _EVENTS_BYTES))
         if suspect := steadily(lambda: self.room.leave_out(events)):
             try_event(self.run, LEFT_OUT, **suspect)
@@ -366,6 +380,8 @@ class Stage:
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
         elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
+            self._sight.look()
+            self._tell_of_the_blind()
             self._place_vaults()
             if self._should_grow(world_size):
                 self._ask(GROW)

@@ -1,11 +1,9 @@
 """Nodes that end one attempt after another, and when a run is better off without one. Pure.
 
     "failure" events, each laid to a node ──> to_leave_out ──> a "left_out" event ──> left_out
-    a node that could never train the run ────────────────────> an "unfit" event ───> unfit
 
 A GPU that fails each hour costs a run its restarts for weeks. Leaving its node out costs what the
-node computes, or nothing where others are free. A node that does not see the run's storage is no
-node for it at all, until somebody mends that. All of this is decided on the run's events, so the
+node computes, or nothing where others are free. All of this is decided on the run's events, so the
 next driver knows it too.
 """
 
@@ -14,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-LEFT_OUT, UNFIT = "left_out", "unfit"
+LEFT_OUT = "left_out"
 MEMORY_S = 24 * 3600.0
 """How long a failure is held against a node, and how long a node is left out."""
-UNFIT_S = 3600.0
-"""How long an unfit node is not tried again; a try costs a restart."""
 
 Events = Sequence[Mapping[str, Any]]
 
@@ -37,12 +33,6 @@ def laid_to(failed: Mapping[int, str | None], nodes: Sequence[str]) -> str | Non
 def left_out(events: Events, now: float) -> frozenset[str]:
     """The nodes that are left out at a time (seconds since the epoch)."""
     return frozenset(event["node"] for event in _recent(events, LEFT_OUT, now))
-
-
-def unfit(events: Events, now: float) -> frozenset[str]:
-    """The nodes that could not train the run when that was last tried, a while ago at most."""
-    recent = _recent(events, UNFIT, now)
-    return frozenset(event["node"] for event in recent if now - event["time"] < UNFIT_S)
 
 
 def to_leave_out(
@@ -65,7 +55,7 @@ def to_leave_out(
         living: the nodes that are there.
         room: how many workers the cluster holds without some nodes.
     """
-    out = left_out(events, now) | unfit(events, now)
+    out = left_out(events, now)
     hung = {event["attempt"] for event in events if event["event"] == "hang"}
     of_node: dict[str, list[Mapping[str, Any]]] = {}
     for event in _recent(events, "failure", now):

@@ -50,14 +50,15 @@ def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
     )  # fmt: skip
     vocab_size = config.model.config.get("vocab_size") or config.data.vocab_size
     hf = hf_config(config.model, vocab_size=vocab_size, eot_token=0)
+    _release()
     (bags, tokens), shape = build_plan(config).phases, describe(hf)
     estimate = memory_per_worker(shape, build_plan(config), bags, 1, config.train)["total"]
-    if on_gpu and estimate > _free_bytes():
+    if on_gpu and estimate > torch.cuda.mem_get_info()[0]:
         return
     steps, held = _ours(hf, config, (bags, tokens))
     # transformers makes the logits whole, and its loss some copies of them
     plain = estimate + 14 * tokens.latent_tokens_per_step * vocab_size
-    if not on_gpu or plain < _free_bytes():
+    if not on_gpu or plain < torch.cuda.mem_get_info()[0]:
         steps["transformers"] = _plain(hf, config, (rows, tokens.latent_length + 1))
     seconds = medians(steps, repeats=_STEPS)
     steps.clear()
@@ -81,14 +82,13 @@ def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
         yield Figure(f"{name}: the same, against the plan's estimate", held / estimate, "x")
 
 
-def _free_bytes() -> int:
-    """Of the GPU, once what the models before held is given back, compiled code included."""
+def _release() -> None:
+    """Give back what the models before held, compiled code included."""
     import torch
 
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0])
 
 
 def _ours(hf: Any, config: Config, phases: tuple[Phase, ...]) -> tuple[dict[str, Step], int]:

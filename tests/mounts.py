@@ -1,0 +1,47 @@
+"""A folder that some processes do not see, as on a node without the mount."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+
+
+@contextlib.contextmanager
+def hidden(folder: Path) -> Iterator[None]:
+    """Hide a folder from the processes that this thread starts in the block, for good.
+
+    They get a mount namespace of their own with something empty in its place. Skips the test where
+    that is not allowed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = Path.cwd()
+    ours = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    try:
+        if libc.unshare(_CLONE_NEWNS):
+            pytest.skip("this user may not make mount namespaces")
+        _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+        _check(libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, None))
+        yield
+    finally:
+        libc.setns(ours, _CLONE_NEWNS)
+        os.close(ours)
+        os.chdir(here)
+
+
+def show(folder: Path, pid: int) -> None:
+    """Let a process, and those it started, see a folder again that is hidden from them."""
+    subprocess.run(["nsenter", f"--target={pid}", "--mount", "umount", str(folder)], check=True)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -288,29 +288,24 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
 def test_a_node_that_does_not_see_the_storage_takes_no_part_until_it_does(
     place: Place, whole: Run
 ) -> None:
-    """It neither trains nor reads: shards that are not there would end the run."""
-    place.nodes(1)
-    run = place.start(
-        "blind", tst__workers="[1,2]", cluster__workers="[1,2]",
-        train__micro_batch_size=1,  # slow, so that all comes well before the end
-    )  # fmt: skip
-    run.reach(5)
+    """It comes in the place of a lost one; its worker would end, and a reader find no shards."""
+    place.nodes(2)
+    run = place.start("blind")
+    run.reach(15)
     with hidden(place.folder / "runs"):
         blind = place.cluster.add_node(1, SPOT)
-    wait_until(lambda: bool(run.events("unseen")), "the run to say what the node does not see")
+    place.cluster.remove_node(place.cluster.node_ids()[0])
+    wait_until(lambda: bool(run.events("waiting")), "the run to wait for a node")
     (told,) = run.events("unseen")
     assert told["node"] == blind
     assert re.fullmatch(r"node \S+ does not see \S+/blind/config.yaml", told["why"])
-    run.reach(last_step(run.folder) + 10)
-    assert [event["world_size"] for event in run.events("attempt")] == [1]
     refused = place.start("refused").finish(status=1)
     assert "give a folder or a URL that all nodes share" in refused
     show(place.folder / "runs", place.cluster.raylet_pid(blind))
-    wait_until(lambda: bool(run.events("grow")), "the run to grow onto the node")
     run.finish()
-    assert_nothing_lost(run, whole, same_size=False)
-    assert [event["world_size"] for event in run.events("attempt")] == [1, 2]
-    assert not run.events("failure")
+    assert_nothing_lost(run, whole)
+    assert [blind in event["nodes"] for event in run.events("attempt")] == [False, True]
+    assert len(run.events("failure")) == 1, "of the lost node"
 
 
 @pytest.mark.slow

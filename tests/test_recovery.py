@@ -292,10 +292,11 @@ def test_a_node_that_does_not_see_the_storage_takes_no_part_until_it_does(
     place.nodes(2)
     run = place.start("blind")
     run.reach(15)
-    with hidden(place.folder / "runs"):
-        blind = place.cluster.add_node(1, SPOT)
     place.cluster.remove_node(place.cluster.node_ids()[0])
     wait_until(lambda: bool(run.events("waiting")), "the run to wait for a node")
+    with hidden(place.folder / "runs"):
+        blind = place.cluster.add_node(1, SPOT)
+    wait_until(lambda: bool(run.events("unseen")), "the run to say what the node does not see")
     (told,) = run.events("unseen")
     assert told["node"] == blind
     assert re.fullmatch(r"node \S+ does not see \S+/blind/config.yaml", told["why"])

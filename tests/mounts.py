@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_CLONE_NEWNS = 0x20000
+_CLONE_NEWNS, _CLONE_FS = 0x20000, 0x200
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 
@@ -32,7 +32,8 @@ def hidden(folder: Path) -> Iterator[None]:
         _check(libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, None))
         yield
     finally:
-        libc.setns(ours, _CLONE_NEWNS)
+        _check(libc.unshare(_CLONE_FS))  # threads that were started here share it, …
+        _check(libc.setns(ours, _CLONE_NEWNS))  # … and this is for who has one to itself
         os.close(ours)
         os.chdir(here)
 

@@ -380,8 +380,8 @@ def _phase_data(run_url: str, cpus_per_worker: float, readers: dict[str, str]) -
             self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
         ) -> list[dict[str, Any]]:
             step = int(read_state(Storage(run_url))["step"])
-            # As many CPUs as there are beside the workers. Without a limit, Ray Data asks an
-            # autoscaler for twice as many when these are busy, and then on, busy or not.
+            # As many CPUs as there are beside the workers. Without a limit, Ray Data may ask an
+            # autoscaler for twice as many where these are busy (rate_based_cluster_autoscaler.py).
             spare = ray.cluster_resources().get("CPU", 0.0) - world_size * cpus_per_worker
             options = ray.data.ExecutionOptions(
                 preserve_order=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
+from ray.exceptions import NodeDiedError, RayTaskError
 
 from tst_ray import sight as sight_module
 from tst_ray.elastic import Node
@@ -97,3 +99,30 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
     sight = Sight()
     sight.settle()
     assert (looks.begun, sight.unseen(), sight.where()) == ([], frozenset(), {})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (True, None),
+        (False, "node 10.0.0.7 does not see /runs/a/config.yaml"),
+        (
+            RayTaskError("sees", "Traceback\nModuleNotFoundError: No module named 'tst_ray'", None),
+            "node 10.0.0.7 cannot import this package "
+            "(ModuleNotFoundError: No module named 'tst_ray')",
+        ),
+        (NodeDiedError("lost"), "node 10.0.0.7 does not answer (NodeDiedError)"),
+    ],
+    ids=["sees", "does not", "has not the package", "is lost"],
+)
+def test_what_is_wrong_is_told_with_the_node(
+    monkeypatch: pytest.MonkeyPatch, outcome: Any, told: str | None
+) -> None:
+    def get(task: Any) -> Any:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(sight_module, "address_of", lambda node: "10.0.0.7")
+    assert sight_module._problem(None, "a", "/runs/a/config.yaml") == told

@@ -105,6 +105,16 @@ def test_chunks_are_not_in_memory_together() -> None:
     assert counted.peak < 2.3 * 4 * rows * vocab
 
 
+def test_logits_are_gone_when_the_weights_gradient_is_made() -> None:
+    """It is as large as they are here: it, the softmax, and little else."""
+    n = width = 64
+    hidden, weight = torch.randn(n, width), torch.randn(8 * n, width).requires_grad_()
+    with PeakBytes() as counted:
+        targets = torch.zeros(n, 2, dtype=torch.int64)
+        chunked_cross_entropy(hidden, weight, targets, torch.ones(n, 2)).backward()
+    assert counted.peak < 2.5 * 4 * n * 8 * n
+
+
 @pytest.mark.parametrize("jointly", [False, True])
 def test_without_gradients_the_loss_is_the_same(jointly: bool) -> None:
     hidden, weight, targets, masses = make(3)

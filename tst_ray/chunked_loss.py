@@ -90,12 +90,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden_Cd, targets_Cs, masses_Cs = hidden_Nd[rows], targets_Ns[rows], masses_Ns[rows]
             mass_C = masses_Cs.amax(1) if jointly else masses_Cs.sum(1)
-            logits_CV = hidden_Cd @ weight_Vd.T
             if hidden_grad is None and not wants_weight_grad:
-                logp_Cs = logits_CV.log_softmax(1, dtype=dtype).gather(1, targets_Cs)
+                logp_CV = (hidden_Cd @ weight_Vd.T).log_softmax(1, dtype=dtype)
+                logp_Cs = logp_CV.gather(1, targets_Cs)
                 total += _losses(logp_Cs, masses_Cs, mass_C, jointly)[0].sum()
                 continue
-            logp_Cs, grad_CV = softmax(logits_CV, targets_Cs, mass_C)
+            # No name for the logits: they go as soon as their softmax is there.
+            logp_Cs, grad_CV = softmax(hidden_Cd @ weight_Vd.T, targets_Cs, mass_C)
             losses_C, masses_Cs = _losses(logp_Cs, masses_Cs, mass_C, jointly)
             total += losses_C.sum()
             _subtract_labels(grad_CV, logp_Cs, targets_Cs, masses_Cs, mass_C)
@@ -103,7 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_CV, weight_Vd, out=hidden_grad[rows])
             if wants_weight_grad:
                 weight_grad = _add_product(weight_grad, grad_CV.T, hidden_Cd, dtype)
-            del logits_CV, grad_CV  # before the next chunk's are made
+            del grad_CV  # before the next chunk's is made
         if wants_weight_grad and weight_grad is None:  # no positions at all
             weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
         ctx.save_for_backward(hidden_grad, _cast(weight_grad, weight_Vd.dtype))

@@ -141,6 +141,20 @@ def test_compiled_it_is_the_same(dtype: torch.dtype, jointly: bool) -> None:
 
 
 @pytest.mark.slow
+def test_it_is_compiled_once_for_all_phases() -> None:
+    """Bags, a last chunk that is smaller, other bags, next tokens: the switch compiles nothing."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for s, chunk_rows in ((4, 20), (2, 16), (1, 48)):
+            hidden, weight, targets, masses = make(s, torch.float32)
+            loss = chunked_cross_entropy(
+                hidden, weight, targets, masses, chunk_rows=chunk_rows, compile=True
+            )
+            exact = by_hand(hidden, weight, targets, masses)
+            torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 def test_compiled_no_logit_is_in_memory_as_float32() -> None:
     """What its softmax allocates of the size of the logits is their gradient, in bfloat16."""
     from torch._inductor.utils import run_and_get_code

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -53,7 +54,9 @@ def chunked_cross_entropy(
     """
     if chunk_rows is None:
         chunk_rows = rows_within(CHUNK_BYTES, weight)
-    softmax = _compiled_softmax() if compile else _softmax
+    if compile and targets.shape[1] == 1:  # torch compiles a size of one by itself
+        targets, masses = targets.repeat(1, 2), F.pad(masses, (0, 1))
+    softmax = _compiled_softmax if compile else _softmax
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, masses, jointly, chunk_rows, softmax, torch.is_grad_enabled()
     )
@@ -128,9 +131,23 @@ def _softmax(logits_CV: Tensor, targets_Cs: Tensor, mass_C: Tensor) -> tuple[Ten
     return logp_Cs, logp_CV.exp_().mul_(mass_C[:, None]).to(logits_CV.dtype)
 
 
+def _compiled_softmax(
+    logits_CV: Tensor, targets_Cs: Tensor, mass_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in one kernel, by which none of the logits' float32 values reaches the memory.
+
+    Compiled once for chunks and bags of any size: nothing is when the phase changes.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # a second that only those who compile need spend
+
+    for tensor in (logits_CV, targets_Cs, mass_C):
+        maybe_mark_dynamic(tensor, 0)
+    maybe_mark_dynamic(targets_Cs, 1)
+    return _compiler()(logits_CV, targets_Cs, mass_C)
+
+
 @cache
-def _compiled_softmax() -> Softmax:
-    """The same in one kernel, by which none of the logits' float32 values reaches the memory."""
+def _compiler() -> Softmax:
     return torch.compile(_softmax)
 
 

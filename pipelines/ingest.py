@@ -16,7 +16,7 @@ That is how Ray behaves rather than what it promises, so every worker checks eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -234,11 +234,20 @@ def read_inline(
         yield batch
 
 
-def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) -> Any:
+def ray_dataset(
+    feed: Feed,
+    start_step: int,
+    last_step: int,
+    world_size: int,
+    where: Mapping[str, str] | None = None,
+) -> Any:
     """A Ray dataset of steps [start_step, last_step); its block b is for rank b mod `world_size`.
 
     Hand it to `streaming_split(world_size, equal=True)` with `preserve_order` set, and each split
     to `local_batches`.
+
+    Args:
+        where: the label selector of the nodes that may read.
     """
     import ray.data
 
@@ -246,7 +255,13 @@ def ray_dataset(feed: Feed, start_step: int, last_step: int, world_size: int) ->
 
     chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(chunks) * world_size)
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=len(chunks) * world_size,
+        # Not among the execution options: these would have it in requests to an autoscaler, which
+        # no new node could meet.
+        ray_remote_args={"label_selector": dict(where)} if where else None,
+    )
     if feed.bag_size > 1:
         dataset = BaggingPreprocessor(feed.bag_size).transform(dataset)
     # A block that Ray Data cut for its size would count as two, and ranks get each other's rows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +35,6 @@ def hidden(folder: Path) -> Iterator[None]:
         _check(libc.setns(ours, _CLONE_NEWNS))  # … and this is for who has one to itself
         os.close(ours)
         os.chdir(here)
-
-
-def show(folder: Path, pid: int) -> None:
-    """Let a process, and those it started, see a folder again that is hidden from them."""
-    subprocess.run(["nsenter", f"--target={pid}", "--mount", "umount", str(folder)], check=True)
 
 
 def _check(status: int) -> None:

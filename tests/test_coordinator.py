@@ -64,10 +64,14 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
     ]
     monkeypatch.setattr("ray.remote", lambda function: task)
     monkeypatch.setattr("ray.get", lost)
-    monkeypatch.setattr("tst_ray.coordinator.living_nodes", lambda: nodes)
+    nodes.append(Node("blind", {"CPU": 4.0, "memory": 512 * GIB}))
+    monkeypatch.setattr(
+        "tst_ray.coordinator.living_nodes",
+        lambda away: [node for node in nodes if node.node_id not in away],
+    )
     for wanted, asked in ((0.0, 0.0), (12 * GIB, 12 * GIB), (96 * GIB, 32 * GIB)):
-        wait = _begin("ray", memory_problem, memory=wanted, where={"some": "nodes"})
-        assert task.asked.pop("label_selector") == {"some": "nodes"}
+        wait = _begin("ray", memory_problem, memory=wanted, away=frozenset({"blind"}))
+        assert task.asked.pop("label_selector") == {"ray.io/node-id": "!in(blind)"}
         assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
     with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
         wait()

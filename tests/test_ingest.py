@@ -276,11 +276,13 @@ def test_reading_keeps_to_the_cpus_and_the_nodes_that_are_there(
     for cpus_per_worker in (0.5, 1000.0):
         _phase_data(str(tmp_path), cpus_per_worker, readers).configure({"part": part}, 2)
     there = ray.cluster_resources()["CPU"]
-    options = [one.context.execution_options for one in made]
-    assert [option.label_selector for option in options] == [readers] * 2
-    limits = [option.resource_limits for option in options]
+    limits = [one.context.execution_options.resource_limits for one in made]
     assert [limit.cpu for limit in limits] == [there - 1, 1]
     assert limits[0].object_store_memory == float("inf")
+    read = made[0]._logical_plan.dag
+    while read.input_dependencies:
+        (read,) = read.input_dependencies
+    assert read.ray_remote_args["label_selector"] == readers
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def test_an_autoscaler_is_asked_for_other_nodes_than_those_left_out(
         ask_autoscaler(config, workers, without)
     worker, away = worker_resources(config), {"ray.io/node-id": "!in(a1,b2)"}
     assert asked == [
-        (None, [worker, worker, {"CPU": 1.0}], [away, away, {}]),
+        (None, [worker, worker, {"CPU": 1.0}], [away, away, away]),
         (None, [worker, {"CPU": 1.0}], [{}, {}]),
         (None, [], []),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,23 +12,30 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from tst_ray import sight as sight_module
 from tst_ray.elastic import Node
 from tst_ray.sight import Sight
+from tst_ray.timeouts import LOOK_S
+
+BLIND = (False, "node 10.0.0.7 does not see it")
 
 
 class Looks:
     """The nodes of a cluster, and what a look at each of them finds once it is answered."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.living = ["own", "a"]
-        self.problem: dict[str, str | None] = {}  # of those that answer
+        self.living = {"own": 1.0, "a": 1.0}  # and their CPUs
+        self.answers: dict[str, tuple[bool, str | None]] = {}
         self.begun: list[str] = []
+        self.given_up: list[str] = []
         self.now = 1000.0
         monkeypatch.setattr(sight_module, "own_node", lambda: "own")
         monkeypatch.setattr(
-            sight_module, "living_nodes", lambda: [Node(name, {}) for name in self.living]
+            sight_module,
+            "living_nodes",
+            lambda: [Node(name, {"CPU": cpus}) for name, cpus in self.living.items()],
         )
         monkeypatch.setattr(sight_module, "_begin", self._begin)
-        monkeypatch.setattr(sight_module, "_is_done", lambda task: task in self.problem)
-        monkeypatch.setattr(sight_module, "_problem", lambda task, *_: self.problem[task])
+        monkeypatch.setattr(sight_module, "_is_done", lambda task: task in self.answers)
+        monkeypatch.setattr(sight_module, "_answer", lambda task, *_: self.answers[task])
+        monkeypatch.setattr(sight_module, "_give_up", self.given_up.append)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self._sleep)
 
@@ -50,49 +58,75 @@ def test_a_node_is_used_once_it_was_seen_to_see(looks: Looks) -> None:
     assert (sight.unseen(), looks.begun) == ({"a"}, ["a"])
     assert sight.where() == {"ray.io/node-id": "in(own)"}
     assert sight.problems() == {}, "nobody knows yet"
-    looks.problem["a"] = None
+    looks.answers["a"] = (True, None)
     sight.look()
     assert sight.unseen() == frozenset()
     assert sight.where() == {"ray.io/node-id": "in(a,own)"}
-    looks.living.append("b")
+    looks.living["b"] = 1.0
     sight.look()
     assert (sight.unseen(), looks.begun) == ({"b"}, ["a", "b"])
 
 
 def test_a_node_that_does_not_see_is_told_and_asked_again(looks: Looks) -> None:
     sight = Sight("/runs/a/config.yaml")
-    looks.problem["a"] = "node 10.0.0.7 does not see it"
+    looks.answers["a"] = BLIND
     sight.settle()
-    assert (sight.unseen(), sight.problems()) == ({"a"}, {"a": "node 10.0.0.7 does not see it"})
-    sight.look()
-    assert looks.begun == ["a"], "not at every look"
+    assert (sight.unseen(), sight.problems()) == ({"a"}, {"a": BLIND[1]})
     looks.now += 11
-    del looks.problem["a"]
+    del looks.answers["a"]
     sight.look()
     assert looks.begun == ["a", "a"]
-    assert sight.problems() == {"a": "node 10.0.0.7 does not see it"}, "as long as nobody knows"
-    looks.problem["a"] = None
+    assert sight.problems() == {"a": BLIND[1]}, "as long as nobody knows better"
+    looks.answers["a"] = (True, None)
     sight.look()
     assert (sight.unseen(), sight.problems()) == (frozenset(), {})
 
 
-def test_nodes_that_are_gone_are_no_matter(looks: Looks) -> None:
+def test_a_blind_node_is_left_alone_for_longer_and_longer(looks: Looks) -> None:
+    """A look makes it busy: an autoscaler takes away only what is idle for some minutes."""
     sight = Sight("/runs/a/config.yaml")
-    looks.problem["a"] = "node 10.0.0.7 does not see it"
+    looks.answers["a"] = BLIND
+    times = []
+    for _ in range(3600):
+        sight.look()
+        times += [looks.now] * (len(looks.begun) - len(times))
+        looks.now += 1
+    pauses = [b - a for a, b in pairwise(times)]
+    assert pauses[0] < 15
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(600, abs=3)
+
+
+def test_nodes_that_are_gone_or_have_no_cpus_are_no_matter(looks: Looks) -> None:
+    sight = Sight("/runs/a/config.yaml")
+    looks.living["head"] = 0.0
+    looks.answers["a"] = BLIND
     sight.settle()
-    looks.living.remove("a")
+    assert looks.begun == ["a"]
+    del looks.living["a"]
     sight.look()
     assert (sight.unseen(), sight.problems()) == (frozenset(), {})
+    looks.living.clear()
+    sight.look()
+    assert sight.where() == {}
 
 
-def test_a_node_that_hangs_is_not_waited_for_for_ever_nor_twice(looks: Looks) -> None:
+def test_a_node_that_hangs_is_given_up_and_not_waited_for_again(looks: Looks) -> None:
     sight = Sight("/runs/a/config.yaml")
     sight.settle()
-    waited = looks.now - 1000
-    assert waited == pytest.approx(120, abs=1)
-    assert sight.unseen() == {"a"}
+    assert looks.now - 1000 == pytest.approx(LOOK_S, abs=1)
+    assert (sight.unseen(), looks.given_up) == ({"a"}, ["a"])
+    assert sight.problems() == {}, "nobody knows"
+    looks.now += 60
     sight.settle()
-    assert looks.now - 1000 == waited
+    assert looks.now - 1000 == pytest.approx(LOOK_S + 60, abs=1)
+    assert looks.begun == ["a", "a"]
+
+
+def test_who_has_enough_nodes_does_not_wait_for_more(looks: Looks) -> None:
+    sight = Sight("/runs/a/config.yaml")
+    sight.settle(lambda: sight.where() == {"ray.io/node-id": "in(own)"})
+    assert looks.now == 1000
 
 
 def test_where_all_see_nobody_looks(looks: Looks) -> None:
@@ -104,19 +138,22 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
 @pytest.mark.parametrize(
     ("outcome", "told"),
     [
-        (True, None),
-        (False, "node 10.0.0.7 does not see /runs/a/config.yaml"),
+        (True, (True, None)),
+        (False, (False, "node 10.0.0.7 does not see /runs/a/config.yaml")),
         (
             RayTaskError("sees", "Traceback\nModuleNotFoundError: No module named 'tst_ray'", None),
-            "node 10.0.0.7 cannot import this package "
-            "(ModuleNotFoundError: No module named 'tst_ray')",
+            (
+                False,
+                "node 10.0.0.7 cannot import this package "
+                "(ModuleNotFoundError: No module named 'tst_ray')",
+            ),
         ),
-        (NodeDiedError("lost"), "node 10.0.0.7 does not answer (NodeDiedError)"),
+        (NodeDiedError("lost"), (False, None)),
     ],
     ids=["sees", "does not", "has not the package", "is lost"],
 )
 def test_what_is_wrong_is_told_with_the_node(
-    monkeypatch: pytest.MonkeyPatch, outcome: Any, told: str | None
+    monkeypatch: pytest.MonkeyPatch, outcome: Any, told: tuple[bool, str | None]
 ) -> None:
     def get(task: Any) -> Any:
         if isinstance(outcome, Exception):
@@ -125,4 +162,4 @@ def test_what_is_wrong_is_told_with_the_node(
 
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr(sight_module, "address_of", lambda node: "10.0.0.7")
-    assert sight_module._problem(None, "a", "/runs/a/config.yaml") == told
+    assert sight_module._answer(None, "a", "/runs/a/config.yaml") == told

@@ -443,7 +443,7 @@ def test_nodes_that_do_not_see_the_run_are_no_room_and_told_once(
             return {"blind": self.problem} if self.problem else {}
 
     stage = Supervised(tmp_path, manifest, "[1, 2]")
-    sight = stage._sight = stage.room.sight = Seen()
+    sight = stage.room.sight = Seen()
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 2 - len(without))
     assert (stage.room.now(), stage.room.without) == (1, {"blind"})
     for problem in (sight.problem, sight.problem, None, sight.problem):

@@ -20,7 +20,7 @@ import importlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_
 from tst_ray.runstore import CONFIG, MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import (
     ask_autoscaler,
+    away_from,
     check_capacity,
     least_workers,
     living_nodes,
@@ -207,6 +208,11 @@ class Coordinator:
         finally:
             vaults.close()
 
+    def _away(self) -> frozenset[str]:
+        """The nodes that tasks are kept off: those that do not see the run."""
+        self.sight.settle()
+        return self.sight.unseen()
+
     def _begin_check(self, backend: str) -> Callable[[], Any]:
         return _begin(backend, check_model, self.config, self.plan, None)
 
@@ -215,7 +221,7 @@ class Coordinator:
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        _, shape = _call(backend, check_model, self.config, self.plan, manifest)
+        _, shape = _call(backend, check_model, self.config, self.plan, manifest, away=self._away())
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := memory_problem(shape, stores):
@@ -239,7 +245,7 @@ class Coordinator:
                 export_model,
                 run.url,
                 memory=_EXPORT_BYTES * shape.parameters,
-                where=self.sight.where(),
+                away=self._away(),
             )
             self._charge(run, "closing")
             if step == self.plan.total_steps:
@@ -413,23 +419,27 @@ def _begin(
     function: Callable[..., Any],
     *args: Any,
     memory: float = 0.0,
-    where: Mapping[str, str] | None = None,
+    away: frozenset[str] = frozenset(),
 ) -> Callable[[], Any]:
     """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
 
     Args:
         memory: the bytes it needs: it is not to be put on a small head where others are larger.
-        where: the label selector of the nodes it may go to.
+        away: the nodes that it is kept off.
     """
     if backend == "inline":
         return lambda: function(*args)
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    nodes = [node.resources for node in living_nodes() if node.places({"CPU": 1.0})]
+    nodes = [node.resources for node in living_nodes(away) if node.places({"CPU": 1.0})]
     # Half of the largest at the most: better there than nowhere, or behind what others hold.
     most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
-    options = {"num_cpus": 1, "memory": min(memory, most), "label_selector": where or None}
+    options = {
+        "num_cpus": 1,
+        "memory": min(memory, most),
+        "label_selector": away_from(away) or None,
+    }
     begun = ray.remote(function).options(**options).remote(*args)
 
     def wait() -> Any:

@@ -386,11 +386,11 @@ def _phase_data(run_url: str, cpus_per_worker: float, readers: dict[str, str]) -
             options = ray.data.ExecutionOptions(
                 preserve_order=True,
                 resource_limits=ray.data.ExecutionResources.for_limits(cpu=max(spare, 1.0)),
-                label_selector=readers or None,
             )
             output: list[dict[str, Any]] = [{} for _ in range(world_size)]
             for name, part in datasets.items():
-                dataset = ray_dataset(part.feed, max(step, part.first), part.last, world_size)
+                first = max(step, part.first)
+                dataset = ray_dataset(part.feed, first, part.last, world_size, readers)
                 dataset.set_name(name)
                 dataset.context.execution_options = options
                 dataset.context.enable_progress_bars = False

@@ -371,10 +371,9 @@ def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = 
     from ray.autoscaler.sdk import request_resources
 
     bundles = [worker_resources(config)] * num_workers
-    selectors = [away_from(without)] * num_workers
     if num_workers:
         bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
-        selectors += [{}] * config.cluster.data_cpus
+    selectors = [away_from(without)] * len(bundles)
     request_resources(bundles=bundles, bundle_label_selectors=selectors)
 
 

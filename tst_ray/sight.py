@@ -1,4 +1,4 @@
-"""Which nodes see a run's folder: a task on each has looked before anything of the run goes there.
+"""Which nodes see a run's folder: a task on each has looked before workers or readers go there.
 
     Sight ── look ──> a task on every node that is new ──> unseen │ where │ problems
 
@@ -9,31 +9,47 @@ and work may go anywhere.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from tst_ray.session import ASK_AGAIN_S, address_of, living_nodes, only_on, own_node
+from tst_ray.session import address_of, living_nodes, only_on, own_node
+from tst_ray.timeouts import LOOK_S
 
-_LOOK_S = 120.0  # for a node to start a process and look
+log = logging.getLogger(__name__)
+
 _PAUSE_S = 0.1
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 600.0
+"""Before a node is looked at again, twice as long each time: a look keeps it from being idle, and
+an autoscaler from taking it away."""
 
 
 @dataclass(frozen=True)
 class _Look:
-    """One that is under way: the task, and since when."""
+    """One that is under way: its task, since when, and how many went before it."""
 
     task: Any
     since: float
+    number: int
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What was wrong on a node, None for nothing, and when that was so."""
+    """What a look found: whether the node sees, what is wrong where that is known, and when."""
 
+    sees: bool
     problem: str | None
     at: float
+    number: int
+
+    @property
+    def again_at(self) -> float:
+        """When to look again: somebody may have mended it."""
+        return self.at + min(_FIRST_WAIT_S * 2.0**self.number, _LONGEST_WAIT_S)
 
 
 class Sight:
@@ -50,47 +66,48 @@ class Sight:
         self._found: dict[str, _Found] = {}
 
     def look(self) -> None:
-        """Take in what was found, and begin to look where nobody has; waits for nothing.
-
-        Where something was wrong it is looked again after a while: somebody may have mended it.
-        """
+        """Take in what was found, and begin to look where nobody has; waits for nothing."""
         if self._path is None:
             return
         now = time.monotonic()
-        self._living = frozenset(node.node_id for node in living_nodes())
-        self._found.setdefault(own_node(), _Found(None, now))
+        nodes = (node for node in living_nodes() if node.resources.get("CPU"))
+        self._living = frozenset(node.node_id for node in nodes)
+        self._found[own_node()] = _Found(True, None, now, 0)
         for node, look in list(self._looks.items()):
             if _is_done(look.task):
+                self._found[node] = _Found(*_answer(look.task, node, self._path), now, look.number)
                 del self._looks[node]
-                self._found[node] = _Found(_problem(look.task, node, self._path), now)
+            elif now - look.since > LOOK_S:
+                log.warning("node %s does not say whether it sees %s", node, self._path)
+                _give_up(look.task)
+                self._found[node] = _Found(False, None, now, look.number)
+                del self._looks[node]
         for node in self._living - self._looks.keys():
             found = self._found.get(node)
-            if found is None or (found.problem and now - found.at > ASK_AGAIN_S):
-                self._looks[node] = _Look(_begin(node, self._path), now)
+            if found is None or (not found.sees and now > found.again_at):
+                number = found.number + 1 if found else 0
+                self._looks[node] = _Look(_begin(node, self._path), now, number)
 
-    def settle(self) -> None:
-        """Look, and wait for every node that was not looked at before; not for ever."""
+    def settle(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Look, and wait for the nodes that are new, or until there are enough."""
         self.look()
-        while any(
-            time.monotonic() - self._looks[node].since < _LOOK_S
-            for node in (self._living & self._looks.keys()) - self._found.keys()
-        ):
+        while (self._living & self._looks.keys()) - self._found.keys() and not enough():
             time.sleep(_PAUSE_S)
             self.look()
 
     def unseen(self) -> frozenset[str]:
-        """The living nodes that are not to be used (yet)."""
-        seeing = {node for node, found in self._found.items() if found.problem is None}
-        return self._living - seeing
+        """The living nodes that are not to be used (yet), as of the last look."""
+        return self._living - {node for node, found in self._found.items() if found.sees}
 
     def problems(self) -> dict[str, str]:
-        """What is wrong on which living nodes."""
+        """What is wrong on which living nodes, where that is known."""
         found = {node: self._found[node].problem for node in self._living & self._found.keys()}
         return {node: problem for node, problem in sorted(found.items()) if problem}
 
     def where(self) -> dict[str, str]:
-        """The label selector for work that may go to any node that sees the folder."""
-        return {} if self._path is None else only_on(self._living - self.unseen())
+        """The label selector of the nodes that see the folder; new ones are not among them."""
+        seeing = self._living - self.unseen()
+        return only_on(seeing) if seeing else {}
 
 
 def sees(path: str) -> bool:
@@ -100,11 +117,17 @@ def sees(path: str) -> bool:
 
 def _begin(node: str, path: str) -> Any:
     """Begin to look on a node."""
-    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(sees).options(num_cpus=0, scheduling_strategy=there).remote(path)
+    return _sees_there().options(num_cpus=0, scheduling_strategy=there).remote(path)
+
+
+@cache
+def _sees_there() -> Any:
+    import ray
+
+    return ray.remote(sees)  # one: each would be sent to the head by itself
 
 
 def _is_done(task: Any) -> bool:
@@ -113,17 +136,24 @@ def _is_done(task: Any) -> bool:
     return bool(ray.wait([task], timeout=0)[0])
 
 
-def _problem(task: Any, node: str, path: str) -> str | None:
-    """What a look that is done has found to be wrong."""
+def _give_up(task: Any) -> None:
+    import ray
+
+    ray.cancel(task, force=True)
+
+
+def _answer(task: Any, node: str, path: str) -> tuple[bool, str | None]:
+    """Whether a node sees, by a look that is done; and what is wrong, where that is known."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
         if ray.get(task):
-            return None
+            return True, None
         what = f"does not see {path}"
     except RayTaskError as error:  # the look itself cannot fail
         what = f"cannot import this package ({str(error).strip().splitlines()[-1][:300]})"
-    except RayError as error:
-        what = f"does not answer ({type(error).__name__})"
-    return f"node {address_of(node)} {what}"
+    except RayError as error:  # the node went, or its memory did
+        log.warning("node %s does not say whether it sees %s: %s", node, path, error)
+        return False, None
+    return False, f"node {address_of(node)} {what}"

@@ -122,9 +122,8 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
-        self._sight = sight or Sight()
         self._blind: set[str] = set()  # the nodes that were said not to see the run
-        self.room = Room(config, phases[0].min_workers, phases[0].max_workers, self._sight)
+        self.room = Room(config, phases[0].min_workers, phases[0].max_workers, sight or Sight())
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
@@ -164,7 +163,7 @@ class Stage:
         self._attempts += 1
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
-        readers = self._sight.where()
+        readers = self.room.sight.where()
         group = Group(self.run, self.job, world_size, self.room.without, readers)
         while not group.wait(_SUPERVISE_S):
             try:
@@ -284,9 +283,10 @@ class Stage:
     def _wait_for_room(self) -> int:
         """How many workers to start: as many as fit, once that is enough; says so when it waits."""
         least = self.room.least
+        steadily(self.room.sight.look)
         self._leave_out()
-        steadily(self._sight.settle)
         self.room.ask()
+        steadily(lambda: self.room.sight.settle(self._need_not_wait))
         room = steadily(self.room.now)
         self._tell_of_the_blind()
         if room < least:
@@ -328,9 +328,13 @@ class Stage:
             self._vaults.keep_to(nodes)
         self._vaults.cover(nodes)
 
+    def _need_not_wait(self) -> bool:
+        """Whether there is room for all workers, or a reason to end."""
+        return self._interrupts.by is not None or self.room.now() >= self.room.most
+
     def _tell_of_the_blind(self) -> None:
         """Tell of each node that does not see the run, once until it does."""
-        problems = self._sight.problems()
+        problems = self.room.sight.problems()
         for node in problems.keys() - self._blind:
             try_event(self.run, "unseen", node=node, why=problems[node])
             self.say(f"{problems[node]} (run.storage): going on without it until that is mended")
@@ -380,7 +384,7 @@ class Stage:
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
         elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
-            self._sight.look()
+            self.room.sight.look()
             self._tell_of_the_blind()
             self._place_vaults()
             if self._should_grow(world_size):

@@ -27,6 +27,8 @@ to say, and the outer ones only catch what it cannot:
       go on without                                                ends; of the driver, the run
     a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it
     a worker to answer Ray Train            WORKER_ANSWER_S      the attempt ends
+    a new node, to say whether it sees      LOOK_S               it is left out, and asked again
+      the run's folder                                             later
     a lease on remote storage               runstore._LEASE_S    another driver may take the run
 
 Nothing here limits how long a run waits for nodes: an autoscaler may take hours, and a run that
@@ -42,6 +44,7 @@ GROUP_POLL_S = 0.25  # Ray Train's default is 2; each poll is one small call a w
 ABORT_GRACE_S = 5.0
 GROUP_END_S = 5
 GROUP_START_S = 60.0
+LOOK_S = 120.0
 STORAGE_S = 300.0
 NO_ROOM_S = 600.0
 COLLECTIVE_S = 1800.0

@@ -270,7 +270,8 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
     place.nodes(2)
     run = place.start(
         "shrink-grow", tst__workers="[1,2]", cluster__workers="[1,2]", checkpoint__every=1000,
-        train__micro_batch_size=1,  # slow, so that the new node comes well before the end
+        # slow, so that the new node comes, and is looked at, well before the end
+        checkpoint__memory_every=1, train__micro_batch_size=1,
     )  # fmt: skip
     place.inject(run, Faults().kill_node_at(20).add_node_at(25))
     assert_nothing_lost(run, whole, same_size=False)

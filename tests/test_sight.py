@@ -58,9 +58,11 @@ def test_a_node_is_used_once_it_was_seen_to_see(looks: Looks) -> None:
     assert (sight.unseen(), looks.begun) == ({"a"}, ["a"])
     assert sight.where() == {"ray.io/node-id": "in(own)"}
     assert sight.problems() == {}, "nobody knows yet"
+    assert sight.is_looking
     looks.answers["a"] = (True, None)
     sight.look()
     assert sight.unseen() == frozenset()
+    assert not sight.is_looking
     assert sight.where() == {"ray.io/node-id": "in(a,own)"}
     looks.living["b"] = 1.0
     sight.look()

@@ -88,6 +88,11 @@ class Sight:
                 number = found.number + 1 if found else 0
                 self._looks[node] = _Look(_begin(node, self._path), now, number)
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether a look is under way."""
+        return bool(self._looks)
+
     def settle(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Look, and wait for the nodes that are new, or until there are enough."""
         self.look()

@@ -382,7 +382,7 @@ class Stage:
             self._ask(PREEMPTION)
             try_event(self.run, "preemption", nodes=sorted(leaving))
             self.say(f"{len(leaving)} node(s) will be taken away: checkpoint, then off them")
-        elif time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
+        elif self.room.sight.is_looking or time.monotonic() - self._looked_at > _LOOK_FOR_NODES_S:
             self._looked_at = time.monotonic()
             self.room.sight.look()
             self._tell_of_the_blind()

@@ -287,6 +287,7 @@ class Stage:
         self._leave_out()
         self.room.ask()
         steadily(lambda: self.room.sight.settle(self._need_not_wait))
+        self._heed_interrupt()
         room = steadily(self.room.now)
         self._tell_of_the_blind()
         if room < least:

@@ -247,7 +247,9 @@ def ray_dataset(
     to `local_batches`.
 
     Args:
-        where: the label selector of the nodes that may read.
+        feed: of the phase that the steps are in.
+        world_size: workers that share each step's sequences.
+        where: the label selector of the nodes that may read; None for any.
     """
     import ray.data
 

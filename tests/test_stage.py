@@ -453,8 +453,27 @@ def test_nodes_that_do_not_see_the_run_are_no_room_and_told_once(
     assert [(e["node"], e["why"]) for e in told] == [
         ("blind", "node 10.0.0.7 does not see /runs")
     ] * 2
+    assert not stage._need_not_wait(), "the node may yet be seen to see"
     sight.problem = None
     assert (stage.room.now(), stage.room.without) == (2, frozenset())
+    assert stage._need_not_wait()
+
+
+def test_interrupted_while_nodes_are_looked_at_no_group_is_started(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "[1, 2]")
+
+    class Slow(Sight):
+        def settle(self, enough: Callable[[], bool] = lambda: False) -> None:
+            stage._interrupts.by = signal.SIGTERM
+            assert enough()
+
+    stage.room.sight = Slow()
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 1)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
+    with pytest.raises(Interrupted):
+        stage._wait_for_room()
 
 
 def test_no_node_is_left_out_where_that_is_not_wanted(

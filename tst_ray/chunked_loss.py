@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 512 << 20  # of float32 logits made at once
+CHUNK_BYTES = 512 << 20  # of float32 logits made at once; as plan.WHOLE_LOGITS_BYTES
 
 Softmax = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -110,7 +110,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del grad_CV  # before the next chunk's is made
         if wants_weight_grad and weight_grad is None:  # no positions at all
             weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
-        ctx.save_for_backward(hidden_grad, _cast(weight_grad, weight_Vd.dtype))
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight_Vd.dtype)
+        ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
     @staticmethod
@@ -181,7 +183,3 @@ def _add_product(sum_: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
     if sum_ is None:
         return (a @ b).to(dtype)
     return sum_.addmm_(a, b) if a.dtype == dtype else sum_.add_(a @ b)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)

@@ -76,7 +76,7 @@ class Room:
     def now(self) -> int:
         """How many workers to start, of those allowed; fewer than `least`: wait for nodes."""
         self.sight.look()
-        room = self.nodes_hold(self.without)
+        room = self.nodes_hold(self._left_out)
         barred = time.monotonic() < self._until and room <= self._then
         return min(room, max(self.left, self.least)) if barred else room
 
@@ -91,7 +91,8 @@ class Room:
         return room
 
     def nodes_hold(self, without: frozenset[str]) -> int:
-        """How many workers nodes have room for, all but some of them, others' use not counted."""
+        """How many workers the nodes that see the run have room for, all but some of them, others'
+        use not counted."""
         return room_for(self._config, self.most, without | self.sight.unseen())
 
     def nodes(self) -> set[str]:
@@ -134,7 +135,7 @@ class Room:
             free = steadily(lambda: free_room(self._config, self.most, self.without))
             self.left = min(free, world_size - 1)
         self._until = time.monotonic() + NO_ROOM_S
-        self._then = steadily(lambda: self.nodes_hold(self.without))
+        self._then = steadily(lambda: self.nodes_hold(self._left_out))
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news
 

@@ -23,12 +23,12 @@ to say, and the outer ones only catch what it cannot:
     the places of a group, to be given      GROUP_START_S        the nodes are counted again, and
                                                                    so many workers not tried again
                                                                    for NO_ROOM_S, where fewer do
+    a new node, to say whether it sees      LOOK_S               it is left out, and asked again
+      the run's folder                                             later
     storage to answer, where a run cannot   STORAGE_S            an error: of a worker, the attempt
       go on without                                                ends; of the driver, the run
     a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it
     a worker to answer Ray Train            WORKER_ANSWER_S      the attempt ends
-    a new node, to say whether it sees      LOOK_S               it is left out, and asked again
-      the run's folder                                             later
     a lease on remote storage               runstore._LEASE_S    another driver may take the run
 
 Nothing here limits how long a run waits for nodes: an autoscaler may take hours, and a run that

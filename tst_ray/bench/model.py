@@ -51,17 +51,17 @@ def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
     vocab_size = config.model.config.get("vocab_size") or config.data.vocab_size
     hf = hf_config(config.model, vocab_size=vocab_size, eot_token=0)
     _release()
-    (bags, tokens), shape = build_plan(config).phases, describe(hf)
-    estimate = memory_per_worker(shape, build_plan(config), bags, 1, config.train)["total"]
+    plan, shape = build_plan(config), describe(hf)
+    bags, tokens = plan.phases
+    estimate = memory_per_worker(shape, plan, bags, 1, config.train)["total"]
     if on_gpu and estimate > torch.cuda.mem_get_info()[0]:
         return
-    steps, held = _ours(hf, config, (bags, tokens))
+    steps, held = _ours(hf, config, plan.phases)
     # transformers makes the logits whole, and its loss some copies of them
     plain = estimate + 14 * tokens.latent_tokens_per_step * vocab_size
     if not on_gpu or plain < torch.cuda.mem_get_info()[0]:
         steps["transformers"] = _plain(hf, config, (rows, tokens.latent_length + 1))
     seconds = medians(steps, repeats=_STEPS)
-    steps.clear()
 
     speed = tokens.latent_tokens_per_step / seconds["tokens"]
     yield Figure(f"{name}: next tokens", speed, "tokens/s")

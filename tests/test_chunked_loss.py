@@ -160,7 +160,7 @@ def test_compiled_no_logit_is_in_memory_as_float32() -> None:
     from torch._inductor.utils import run_and_get_code
 
     torch.compiler.reset()
-    args = torch.randn(N, 4 * V).bfloat16(), torch.zeros(N, 3, dtype=torch.int64), torch.rand(N)
+    args = torch.randn(N, 4 * V).bfloat16(), torch.zeros(N, 3, dtype=torch.int64), torch.float32
     _, (code,) = run_and_get_code(torch.compile(_softmax), *args)
     allocated = re.findall(rf"empty_strided_\w+\(\({N}, {4 * V}\).*torch\.(\w+)\)", code)
     assert allocated == ["bfloat16"]

@@ -283,21 +283,40 @@ def test_bags_add_their_tokens_to_memory_and_nothing_else() -> None:
 
 
 def test_logits_never_outgrow_their_bound() -> None:
-    config = load_config("paper-270m")
-    plan = build_plan(config)
     shape = replace(SHAPE, vocab_size=128_256)
-    assert memory_per_worker(shape, plan, plan.phases[0], 8, config.train)["logits"] == 3 * 2**29
+    for compile, copies in (("true", 1), ("false", 3)):
+        config = load_config("paper-270m", [f"--train.compile={compile}"])
+        plan = build_plan(config)
+        memory = memory_per_worker(shape, plan, plan.phases[0], 8, config.train)
+        assert memory["logits"] == copies * 2**30
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activations_are_what_autograd_keeps(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "compile"),
+    [
+        ("float32", False),
+        ("bfloat16", False),
+        pytest.param("bfloat16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_activations_are_what_autograd_keeps(precision: str, compile: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModel
 
-    config = load_config(None, ["--train.batch_size=8", f"--train.precision={precision}"])
+    config = load_config(
+        None,
+        [
+            "--train.batch_size=8",
+            f"--train.precision={precision}",
+            f"--train.compile={str(compile).lower()}",
+        ],
+    )
     plan = build_plan(config)
     dtype = getattr(torch, precision)
     model = AutoModel.from_config(AutoConfig.for_model(**config.model.config)).to(dtype)
+    if compile:
+        for block in model.layers:
+            block.compile()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import staging
 
 from tst_ray import sharded
 from tst_ray.sharded import Stager, make_scratch, num_bytes, read_full, write
@@ -112,9 +114,48 @@ def test_bytes_of_a_state() -> None:
     assert num_bytes(state) == 3 * 4 * 4 + 5 * 2
 
 
+def test_memory_for_copies_is_pinned_ahead_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor's own, exactly as large; the copies go there, and it is unpinned before freed."""
+    pinned: dict[int, int] = {}
+    monkeypatch.setattr(sharded, "pin_memory", pinned.__setitem__)
+    monkeypatch.setattr(sharded, "unpin_memory", lambda at: pinned.pop(at))
+    monkeypatch.setattr(sharded, "_is_on_gpu", lambda state: True)
+    state, stager = make_state(), Stager()
+    stager.reserve(state)
+    for _ in range(2):
+        staged = stager.stage(state)
+        assert pinned == {t.data_ptr(): t.numel() * 4 for t in staged.values()}
+        assert all(torch.equal(staged[name], state[name]) for name in state)
+    del stager, staged
+    gc.collect()
+    assert not pinned
+
+
+def test_where_nothing_can_be_pinned_ahead_the_copy_makes_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*args: Any) -> None:
+        raise RuntimeError("Registering memory failed with cudaError: 2.")
+
+    made: list[bool] = []
+    create_unpinned = staging._create_cpu_state_dict
+
+    def create(state: Any, pin_memory: bool = False) -> Any:
+        made.append(pin_memory)
+        return create_unpinned(state)
+
+    monkeypatch.setattr(sharded, "pin_memory", full)
+    monkeypatch.setattr(sharded, "_is_on_gpu", lambda state: True)
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", create)
+    state, stager = make_state(), Stager()
+    stager.reserve(state)
+    assert num_bytes(stager.stage(state)) == num_bytes(state)
+    assert made == [True]
+
+
 def test_beside_a_gpu_nothing_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is in host memory: neither DCP's copy ahead nor pinning has work to do."""
-    from torch.distributed.checkpoint import filesystem, staging
+    from torch.distributed.checkpoint import filesystem
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the GPU was touched")

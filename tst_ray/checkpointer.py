@@ -73,6 +73,10 @@ class Checkpointer:
         """Whether a checkpoint is one of this folder."""
         return info.folder.url.startswith(f"{self.root.url}/")
 
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Begin to get the memory that `save` copies such a state to, where that takes long."""
+        self._stager.reserve(state)
+
     def load(self, info: CheckpointInfo, state: dict[str, Any]) -> None:
         """Load a checkpoint into `state`: tensors in place, resharded to how they are here."""
         sharded.read(info.folder, state, self._ranks.group)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 512 << 20  # of float32 logits made at once; as plan.WHOLE_LOGITS_BYTES
+CHUNK_BYTES = 1 << 30  # of float32 logits made at once; as plan.WHOLE_LOGITS_BYTES
 
-Softmax = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Softmax = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def chunked_cross_entropy(
@@ -69,7 +69,13 @@ def rows_within(num_bytes: int, weight: Tensor) -> int:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss with its gradients, which the backward pass only scales."""
+    """The loss with its gradients, which the backward pass only scales.
+
+    The gradient of a position's logits is m·(p − q), m its mass and q what share of it lies on each
+    token. Only p − q is made, in place of p: m is a factor of the rows of what is far smaller, the
+    hidden states and their gradient. The largest m is taken out of all, so that the others are
+    mostly 1 or 0, which round nothing.
+    """
 
     @staticmethod
     def forward(
@@ -86,55 +92,69 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = masses_Ns.dtype
         wants_hidden_grad = ctx.needs_input_grad[0] and grad_enabled
         wants_weight_grad = ctx.needs_input_grad[1] and grad_enabled
+        mass_N = masses_Ns.amax(1) if jointly else masses_Ns.sum(1)
+        largest = mass_N.amax() if len(mass_N) else mass_N.sum()
+        part_N1 = (mass_N / _not_zero(largest))[:, None]
         hidden_grad = torch.empty_like(hidden_Nd) if wants_hidden_grad else None
         weight_grad = None  # made by the first chunk: filling it with zeros takes as long as adding
         total = torch.zeros((), dtype=dtype, device=hidden_Nd.device)
         for start in range(0, len(hidden_Nd), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden_Cd, targets_Cs, masses_Cs = hidden_Nd[rows], targets_Ns[rows], masses_Ns[rows]
-            mass_C = masses_Cs.amax(1) if jointly else masses_Cs.sum(1)
             if hidden_grad is None and not wants_weight_grad:
                 logp_CV = (hidden_Cd @ weight_Vd.T).log_softmax(1, dtype=dtype)
                 logp_Cs = logp_CV.gather(1, targets_Cs)
-                total += _losses(logp_Cs, masses_Cs, mass_C, jointly)[0].sum()
+                total += _losses(logp_Cs, masses_Cs, mass_N[rows], jointly)[0].sum()
                 continue
             # No name for the logits: they go as soon as their softmax is there.
-            logp_Cs, grad_CV = softmax(hidden_Cd @ weight_Vd.T, targets_Cs, mass_C)
-            losses_C, masses_Cs = _losses(logp_Cs, masses_Cs, mass_C, jointly)
+            logp_Cs, grad_CV = softmax(hidden_Cd @ weight_Vd.T, targets_Cs, dtype)
+            losses_C, shares_Cs = _losses(logp_Cs, masses_Cs, mass_N[rows], jointly)
             total += losses_C.sum()
-            _subtract_labels(grad_CV, logp_Cs, targets_Cs, masses_Cs, mass_C)
+            _subtract_labels(grad_CV, logp_Cs, targets_Cs, shares_Cs)
             if hidden_grad is not None:
                 torch.mm(grad_CV, weight_Vd, out=hidden_grad[rows])
             if wants_weight_grad:
+                hidden_Cd = (hidden_Cd * part_N1[rows]).to(hidden_Nd.dtype)
                 weight_grad = _add_product(weight_grad, grad_CV.T, hidden_Cd, dtype)
             del grad_CV  # before the next chunk's is made
         if wants_weight_grad and weight_grad is None:  # no positions at all
             weight_grad = torch.zeros_like(weight_Vd, dtype=dtype)
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight_Vd.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, mass_N, largest)
+        ctx.weight_dtype = weight_Vd.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * grad.to(weight_grad.dtype),
-            *[None] * 6,
-        )
+        hidden_grad, weight_grad, mass_N, largest = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = _scaled(hidden_grad, (mass_N * grad)[:, None], hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = _scaled(weight_grad, largest * grad, ctx.weight_dtype)
+        return (hidden_grad, weight_grad, *[None] * 6)
 
 
-def _softmax(logits_CV: Tensor, targets_Cs: Tensor, mass_C: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each label [C, s], and m·p of the whole vocabulary [C, V] in the logits' dtype."""
-    logp_CV = logits_CV.log_softmax(1, dtype=mass_C.dtype)
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their product, rounded once to another dtype; on a GPU in one pass over the tensor."""
+    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))
+
+
+def _not_zero(masses: Tensor) -> Tensor:
+    """What to divide masses by: where all are 0, so are their shares."""
+    return masses.clamp(min=torch.finfo(masses.dtype).tiny)
+
+
+def _softmax(logits_CV: Tensor, targets_Cs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log p of each label [C, s] in `dtype`, and p of the vocabulary [C, V] in the logits'."""
+    logp_CV = logits_CV.log_softmax(1, dtype=dtype)
     logp_Cs = logp_CV.gather(1, targets_Cs)
-    return logp_Cs, logp_CV.exp_().mul_(mass_C[:, None]).to(logits_CV.dtype)
+    if logits_CV.dtype == dtype:
+        return logp_Cs, logp_CV.exp_()
+    return logp_Cs, torch.exp(logp_CV, out=torch.empty_like(logits_CV))
 
 
 def _compiled_softmax(
-    logits_CV: Tensor, targets_Cs: Tensor, mass_C: Tensor
+    logits_CV: Tensor, targets_Cs: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same in one kernel, by which none of the logits' float32 values reaches the memory.
 
@@ -142,10 +162,10 @@ def _compiled_softmax(
     """
     from torch._dynamo import maybe_mark_dynamic  # a second that only those who compile need spend
 
-    for tensor in (logits_CV, targets_Cs, mass_C):
+    for tensor in (logits_CV, targets_Cs):
         maybe_mark_dynamic(tensor, 0)
     maybe_mark_dynamic(targets_Cs, 1)
-    return _compiler()(logits_CV, targets_Cs, mass_C)
+    return _compiler()(logits_CV, targets_Cs, dtype)
 
 
 @cache
@@ -156,30 +176,39 @@ def _compiler() -> Softmax:
 def _losses(
     logp_Cs: Tensor, masses_Cs: Tensor, mass_C: Tensor, jointly: bool
 ) -> tuple[Tensor, Tensor]:
-    """The losses [C], and how each's mass falls on its labels [C, s]."""
+    """The losses [C], and what share of each's mass falls on which label [C, s]."""
     if not jointly:
-        return -(masses_Cs * logp_Cs).sum(1), masses_Cs
+        return -(masses_Cs * logp_Cs).sum(1), masses_Cs / _not_zero(mass_C)[:, None]
     inside_Cs = logp_Cs.masked_fill(masses_Cs == 0, -math.inf)
     inside_Cs = inside_Cs.masked_fill((mass_C == 0)[:, None], 0)  # keeps what has no label finite
-    return -inside_Cs.logsumexp(1) * mass_C, inside_Cs.softmax(1) * mass_C[:, None]
+    return -inside_Cs.logsumexp(1) * mass_C, inside_Cs.softmax(1)
 
 
 def _subtract_labels(
-    grad_CV: Tensor, logp_Cs: Tensor, targets_Cs: Tensor, masses_Cs: Tensor, mass_C: Tensor
+    grad_CV: Tensor, logp_Cs: Tensor, targets_Cs: Tensor, shares_Cs: Tensor
 ) -> None:
-    """Turn m·p into the gradient, at its labels: m·p(y) less all the mass that lies on y.
+    """Turn p into p − q, at the labels.
 
     Written, not added: a label that is there twice gets the same number twice, so that the order
     makes no difference. And from float32: near p = 1 the two terms are nearly the same.
     """
     same_Css = targets_Cs[:, :, None] == targets_Cs[:, None, :]  # s · s is far less than V
-    on_label_Cs = (same_Css * masses_Cs[:, None, :]).sum(2)
-    values_Cs = logp_Cs.exp() * mass_C[:, None] - on_label_Cs
+    on_label_Cs = (same_Css * shares_Cs[:, None, :]).sum(2)
+    values_Cs = logp_Cs.exp() - on_label_Cs
     grad_CV.scatter_(1, targets_Cs, values_Cs.to(grad_CV.dtype))
 
 
 def _add_product(sum_: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_ + a @ b in `dtype`; in place, and without a copy of the product where that can be."""
-    if sum_ is None:
-        return (a @ b).to(dtype)
-    return sum_.addmm_(a, b) if a.dtype == dtype else sum_.add_(a @ b)
+    """sum_ + a @ b in `dtype`; in place, and without a copy of the product where torch can.
+
+    On a GPU the product of bfloat16 is made and added in float32: neither the time nor the rounding
+    of a copy in bfloat16 (d 2,048, V 128,256, an H200: 23 ms instead of 29 for the whole loss).
+    """
+    if a.dtype == dtype:
+        return a @ b if sum_ is None else sum_.addmm_(a, b)
+    if a.is_cuda:
+        if sum_ is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(sum_, a, b, out_dtype=dtype, out=sum_)
+    product = a @ b
+    return product.to(dtype) if sum_ is None else sum_.add_(product)

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.order import rank_slots
 from tst_ray.config import Config, PhaseConfig, TrainConfig
 
-WHOLE_LOGITS_BYTES = 512 * 2**20  # larger logits never exist whole, but in chunks of this
+WHOLE_LOGITS_BYTES = 2**30  # larger logits never exist whole, but in chunks of this
 TOKEN_BYTES = 8  # batches are int64 on the device
 
 
@@ -288,7 +288,7 @@ def memory_per_worker(
         more in float32, as it is summed and sent; while micro-batches accumulate, every gradient in
         float32. Nothing for one float32 worker, which is not sharded.
     activations: what backward keeps of one micro-batch (see `_activations`).
-    logits: see `_logits`; evaluation runs as many rows, at the full sequence length (or 16,384
+    logits: see `_logits`. Evaluation runs as many rows, at the full sequence length (or 16,384
         positions, which without a backward pass need less than a step does).
     tokens: the local batch, look-ahead included: all that bags add to memory.
     """
@@ -307,7 +307,7 @@ def memory_per_worker(
         "optimizer": 8 * shard,
         "unsharded": unsharded if sharded else 0,
         "activations": _activations(shape, positions, compute_bytes, train),
-        "logits": _logits(shape, max(positions, height * plan.sequence_length)),
+        "logits": _logits(shape, max(positions, height * plan.sequence_length), train),
         "tokens": TOKEN_BYTES * rows * (phase.data_length + phase.lookahead),
     }
     return memory | {"total": sum(memory.values())}
@@ -325,9 +325,20 @@ def memory_checkpoint_bytes(shape: ModelShape, num_nodes: int) -> int:
     return 12 * shape.parameters * (MEMORY_KEEP + 1) * min(num_nodes, 2)
 
 
-def _logits(shape: ModelShape, positions: int) -> int:
-    """Bytes of logits, their logarithms and their gradient, float32; at most a chunk of each."""
-    return 3 * min(4 * positions * shape.vocab_size, WHOLE_LOGITS_BYTES)
+_COMPILED = 0.7
+"""What a compiled block keeps of that: 0.64 of it in steps of paper-270m and paper-600m on an H200
+(torch 2.11), 0.7 of it on a CPU (torch 2.13)."""
+
+
+def _logits(shape: ModelShape, positions: int, train: TrainConfig) -> int:
+    """Bytes of logits, their logarithms and their gradient, float32; at most a chunk of each.
+
+    In chunks, compiled and in bfloat16, no logarithms, and the others in half the bytes.
+    """
+    whole = 4 * positions * shape.vocab_size
+    if whole > WHOLE_LOGITS_BYTES and train.compile and train.precision == "bfloat16":
+        return WHOLE_LOGITS_BYTES
+    return 3 * min(whole, WHOLE_LOGITS_BYTES)
 
 
 def _activations(shape: ModelShape, positions: int, compute_bytes: int, train: TrainConfig) -> int:
@@ -337,13 +348,15 @@ def _activations(shape: ModelShape, positions: int, compute_bytes: int, train: T
     rotation, values, the attention output; and four tensors of the feed-forward width (gate, its
     activation, up, product). Under checkpointing every block keeps its input, and one block at a
     time the rest. Within 6 % of what autograd saves for Llamas on CPU (torch 2.13, two shapes,
-    both precisions, no checkpointing).
+    both precisions, no checkpointing). The compiler computes some of it again (`_COMPILED`).
     """
     d, attention = (
         shape.hidden_size,
         (3 * shape.num_heads + 3 * shape.num_kv_heads) * shape.head_dim,
     )
     block = 2 * 4 * d + compute_bytes * (2 * d + attention + 4 * shape.intermediate_size)
+    if train.compile:
+        block = math.ceil(_COMPILED * block)
     entry = compute_bytes * d
     if train.activation_checkpointing:
         per_position = shape.num_layers * entry + block

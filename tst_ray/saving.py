@@ -53,6 +53,7 @@ class Saving:
         self._settings = job.config.checkpoint
         self.wanted = False
         self._saved_at = time.monotonic()  # to storage; or where it was loaded, for the first
+        self._reserved = False
         self.storage = self._checkpointer(
             Storage(job.run_url), self._settings.keep, self._journal.event
         )
@@ -116,8 +117,13 @@ class Saving:
     def if_due(self, step: int, is_suspicious: bool) -> None:
         """Save to memory and to storage, each at its own interval; to storage where a stage ends.
 
-        A state that the guard mistrusts is kept only there.
+        A state that the guard mistrusts is kept only there. After a group's first step, when there
+        is all of a state, the host memory for its copies begins to be made.
         """
+        if not self._reserved:
+            self._reserved = True
+            for saver in self._savers():
+                saver.reserve(self._state())
         ends = step == self._job.last_step
         if is_suspicious and not ends:
             return

@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import shutil
 import socket
 import tempfile
+import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +26,16 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from tst_ray.storage import Storage
+
+log = logging.getLogger(__name__)
 
 _SCRATCH = "tst-ray-checkpoint-"
 _PIECE_BYTES = 16 << 20  # hashed at a time
@@ -42,12 +49,37 @@ class Stager:
 
     def __init__(self) -> None:
         self._stager: BlockingAsyncStager | None = None
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Begin to get the memory for copies from a GPU, in a thread.
+
+        Pinning takes seconds, for which the first copy would have the loop wait: 8 s for the 6.7 GB
+        of paper-600m on an H200.
+        """
+        # Not wherever a GPU is: pinning takes a context on it, and this may train on CPUs.
+        if self._stager is None and _is_on_gpu(state):
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+            self._reserving = threading.Thread(
+                target=self._reserve, args=(state,), name="pin", daemon=True
+            )
+            self._reserving.start()
+
+    def _reserve(self, state: dict[str, Any]) -> None:
+        assert self._stager is not None
+        try:
+            self._stager.state_dict_cache = _pinned_like(state)
+        except Exception as error:  # the stager gets its own at the first copy, or tells why not
+            log.warning("no memory was pinned ahead: %s", error)
 
     def stage(self, state: dict[str, Any]) -> Any:
         """A copy, which the next call overwrites."""
+        self.reserve(state)
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         if self._stager is None:
-            # Not wherever a GPU is: pinning takes a context on it, and this may train on CPUs.
-            self._stager = BlockingAsyncStager(cache_staged_state_dict=_is_on_gpu(state))
+            self._stager = BlockingAsyncStager()
         staged = self._stager.stage(state)
         if not self._stager.cache_staged_state_dict:
             # On its own, the stager would only pin memory to keep, and that takes a GPU.
@@ -60,6 +92,28 @@ def _is_on_gpu(state: Any) -> bool:
     if isinstance(state, dict):
         return any(map(_is_on_gpu, state.values()))
     return isinstance(state, torch.Tensor) and state.is_cuda
+
+
+@torch.no_grad()
+def _pinned_like(state: dict[str, Any]) -> Any:
+    """Pinned host memory for a state, of any content.
+
+    Registered, not allocated as pinned: torch's allocator of such memory rounds each tensor up to a
+    power of two, and `BlockingAsyncStager` copies the whole state twice to make its own.
+    """
+
+    def host(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        made = torch.empty_like(value, device="cpu")
+        local = made.to_local() if isinstance(made, DTensor) else made  # the same one each time
+        if local.numel():
+            at = local.data_ptr()
+            pin_memory(at, local.untyped_storage().nbytes())
+            weakref.finalize(local, unpin_memory, at)
+        return made
+
+    return tree_map(host, state)
 
 
 def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:

@@ -7,14 +7,16 @@
     linear_multi_hot_cross_entropy     either loss from the hidden states, as training computes it
 
 Source: Peng, Gigant, Quesnelle, *Efficient Pre-Training with Token Superposition*,
-arXiv 2605.06546. This module knows torch only.
+arXiv 2605.06546. This module knows torch only; on a GPU `bag_kernels.py` does the mean.
 
 Shape suffixes: N positions, s places of a bag, V vocabulary, d width.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from functools import cache
 from typing import Literal
 
 import torch
@@ -42,11 +44,22 @@ def embed_bags(weight: Tensor, tokens: Tensor) -> Tensor:
         [..., d]. No [..., s, d] copy of the embeddings is made.
     """
     bags = tokens.reshape(-1, tokens.shape[-1])
-    table = weight
-    if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-        table = weight.float()  # CUDA's kernel sums these in float32, the CPU's does not
-    mean = F.embedding_bag(bags, table, mode="mean").to(weight.dtype)
+    if weight.is_cuda and weight.dtype != torch.float64 and has_triton():
+        from tst_ray.bag_kernels import mean_of_bags
+
+        mean = mean_of_bags(weight, bags)
+    else:
+        table = weight
+        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+            table = weight.float()  # CUDA's kernel sums these in float32, the CPU's does not
+        mean = F.embedding_bag(bags, table, mode="mean").to(weight.dtype)
     return mean.view(*tokens.shape[:-1], weight.shape[1])
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there; torch's wheels for CUDA bring it, those for CPUs do not."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def bag_weights(weighting: str, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -158,7 +171,7 @@ def linear_multi_hot_cross_entropy(
             each place, or of positions for `mce_alt`) to the caller.
         divisor: what the result is divided by, before gradients are cast to the inputs' dtype: a
             later division would round the same factor into every bfloat16 gradient.
-        chunk_rows: positions a chunk; by default as many as 512 MiB of logits allow.
+        chunk_rows: positions a chunk; by default as many as 1 GiB of logits allows.
         compile: whether to torch.compile the softmax.
 
     Returns:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,6 @@ class Figure:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    import ray
     import torch
 
     return {
@@ -56,9 +56,17 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": _version("ray"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _version(package: str) -> str | None:
+    """What is installed; a model's steps are measured without Ray too."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:

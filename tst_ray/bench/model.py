@@ -2,26 +2,26 @@
 
 mfu    tokens/s, utilisation and memory: next tokens, bags of 16, and transformers by itself
 
-On a GPU the published shapes that fit it, in bfloat16 and compiled, as their files say; on a CPU
-the demo's.
+On a GPU the published shapes that fit it, as their files say: in bfloat16, compiled, and one
+worker's share of the batch in its micro-batches. On a CPU the demo's.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tst_ray.bench.measure import Figure, medians
 from tst_ray.config import Config, load_config
 from tst_ray.plan import Phase, build_plan, flops_per_step, memory_per_worker
 
-_ON_GPU = {"paper-270m": (16, None), "paper-600m": (16, 0.5), "paper-3b": (8, 0.5)}
-_ON_CPU = {"demo": (16, None)}
-"""Sequences of a step, and the utilisation to reach."""
+_ON_GPU = {"paper-270m": None, "paper-600m": 0.5, "paper-3b": 0.5}
+_ON_CPU = {"demo": None}
+"""The models, and the utilisation to reach."""
 
 _BAG = 16
-_WARM_STEPS, _STEPS = 3, 20
 
 Step = Callable[[], None]
 
@@ -31,23 +31,17 @@ def mfu() -> list[Figure]:
     import torch
 
     models = _ON_GPU if torch.cuda.is_available() else _ON_CPU
-    return [f for name, (rows, least) in models.items() for f in _measured(name, rows, least)]
+    return [figure for name, least in models.items() for figure in _measured(name, least)]
 
 
-def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
+def _measured(name: str, least: float | None) -> Iterator[Figure]:
     import torch
 
     from tst_ray.architecture import describe, hf_config
     from tst_ray.speed import peak_flops
 
     on_gpu = torch.cuda.is_available()
-    config = load_config(
-        name,
-        [
-            f"--train.batch_size={rows}", f"--train.micro_batch_size={rows}", "--train.steps=2",
-            "--train.warmup=0", "--train.decay=0", f"--tst.bag_size={_BAG}", "--tst.ratio=0.5",
-        ],
-    )  # fmt: skip
+    config = _one_workers_share(name)
     vocab_size = config.model.config.get("vocab_size") or config.data.vocab_size
     hf = hf_config(config.model, vocab_size=vocab_size, eot_token=0)
     _release()
@@ -57,11 +51,13 @@ def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
     if on_gpu and estimate > torch.cuda.mem_get_info()[0]:
         return
     steps, held = _ours(hf, config, plan.phases)
-    # transformers makes the logits whole, and its loss some copies of them
-    plain = estimate + 14 * tokens.latent_tokens_per_step * vocab_size
-    if not on_gpu or plain < torch.cuda.mem_get_info()[0]:
-        steps["transformers"] = _plain(hf, config, (rows, tokens.latent_length + 1))
-    seconds = medians(steps, repeats=_STEPS)
+    height = config.train.micro_batch_size or tokens.num_sequences
+    if on_gpu:  # transformers makes the logits whole, and its loss some copies of them
+        room = torch.cuda.mem_get_info()[0] - estimate
+        height = min(height, room // (14 * tokens.latent_length * vocab_size))
+    if height:
+        steps["transformers"] = _plain(hf, config, tokens, height)
+    seconds = medians(steps, repeats=5 if on_gpu else 20)
 
     speed = tokens.latent_tokens_per_step / seconds["tokens"]
     yield Figure(f"{name}: next tokens", speed, "tokens/s")
@@ -80,6 +76,20 @@ def _measured(name: str, rows: int, least: float | None) -> Iterator[Figure]:
     if on_gpu:
         yield Figure(f"{name}: memory held", held / 1e9, "GB")
         yield Figure(f"{name}: the same, against the plan's estimate", held / estimate, "x")
+
+
+def _one_workers_share(name: str) -> Config:
+    """A shipped run as one of its workers sees it, in as few steps as may be."""
+    config = load_config(name)
+    rows = math.ceil(config.train.batch_size / config.cluster.workers[1])
+    return load_config(
+        name,
+        [
+            f"--train.batch_size={rows}", "--cluster.workers=1", "--tst.workers=null",
+            "--train.steps=2", "--train.warmup=0", "--train.decay=0",
+            f"--tst.bag_size={_BAG}", "--tst.ratio=0.5",
+        ],
+    )  # fmt: skip
 
 
 def _release() -> None:
@@ -102,36 +112,45 @@ def _ours(hf: Any, config: Config, phases: tuple[Phase, ...]) -> tuple[dict[str,
     model = build_model(
         hf,
         seed=0,
+        weights=False,
         device=device,
         precision=train.precision,
         compile=train.compile,
         activation_checkpointing=train.activation_checkpointing,
     )
+    _fill(model)
     step = _step_of(model, config)
 
     def of(phase: Phase) -> Step:
         rows = (phase.num_sequences, phase.latent_length + 1)
         shape = rows if phase.bag_size == 1 else (*rows, phase.bag_size)
         tokens = torch.randint(hf.vocab_size, shape, device=device)
-        return lambda: step(lambda: model(tokens, phase).objective)
+        pieces = tokens.split(train.micro_batch_size or len(tokens))
+
+        def loss(piece: Any, is_last: bool) -> Any:
+            model.set_last_micro_batch(is_last)
+            return model(piece, phase).objective
+
+        return lambda: step(pieces, loss)
 
     steps = {"bags" if phase.bag_size > 1 else "tokens": of(phase) for phase in phases}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    medians(steps, repeats=_WARM_STEPS)
+    medians(steps, repeats=1)
     return steps, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
-def _plain(hf: Any, config: Config, rows: tuple[int, int]) -> Step:
-    """A step of next tokens as transformers and FSDP2 do it by themselves."""
+def _plain(hf: Any, config: Config, phase: Phase, height: int) -> Step:
+    """A step of next tokens as transformers and FSDP2 do it by themselves, `height` rows a time."""
     import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
     from tst_ray.architecture import anatomy
 
     device = _device()
-    model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).to(device).train()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).train()
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     blocks = anatomy(model).blocks
@@ -142,24 +161,42 @@ def _plain(hf: Any, config: Config, rows: tuple[int, int]) -> Step:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in [*blocks, model]:
             fully_shard(module, mp_policy=policy)
-    tokens = torch.randint(hf.vocab_size, rows, device=device)[:, :-1].contiguous()
+    tokens = torch.randint(hf.vocab_size, (phase.num_sequences, phase.latent_length), device=device)
+    pieces = tokens.split(height)
     step = _step_of(model, config)
-    medians({"warm": lambda: step(lambda: _loss(model, tokens))}, repeats=_WARM_STEPS)
-    return lambda: step(lambda: _loss(model, tokens))
+
+    def loss(piece: Any, is_last: bool) -> Any:
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(is_last)
+            model.set_is_last_backward(is_last)
+        return model(input_ids=piece, labels=piece, use_cache=False).loss / len(pieces)
+
+    medians({"warm": lambda: step(pieces, loss)}, repeats=1)
+    return lambda: step(pieces, loss)
 
 
-def _loss(model: Any, tokens: Any) -> Any:
-    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+def _fill(model: Any) -> None:
+    """Weights as large as a new model's, made where they are: on a CPU it takes minutes."""
+    import torch
+
+    for parameter in model.parameters():
+        value = parameter.data
+        local = value.to_local() if hasattr(value, "to_local") else value
+        if local.dim() < 2:
+            torch.nn.init.ones_(local)
+        else:
+            torch.nn.init.normal_(local, std=0.02)
 
 
-def _step_of(model: Any, config: Config) -> Callable[[Callable[[], Any]], None]:
-    """What trains a model on what a call gives: backward, clipping, the optimizer's step."""
+def _step_of(model: Any, config: Config) -> Callable[[Sequence[Any], Callable[..., Any]], None]:
+    """What trains a model on micro-batches: backward of each, clipping, the optimizer's step."""
     from tst_ray.optim import build_optimizer, clip_grad_norm
 
     optimizer = build_optimizer(model, config.train)
 
-    def step(objective: Callable[[], Any]) -> None:
-        objective().backward()
+    def step(pieces: Sequence[Any], loss: Callable[[Any, bool], Any]) -> None:
+        for number, piece in enumerate(pieces):
+            loss(piece, number == len(pieces) - 1).backward()
         clip_grad_norm(model, config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -124,11 +124,14 @@ def process(rank: int, folder: str) -> None:
             results["checkpointing"] = run_case(
                 "mixture", rank, world_size, 9, activation_checkpointing=True
             )
+            results["kept"] = run_case("tied", rank, world_size, 1, reshard=False)
             results["bfloat16"] = run_case("tied", rank, world_size, 9, precision="bfloat16")
             results["facts"] = facts(rank)
             model_module._ONE_GROUP_BYTES = one_group
             results["small"] = run_case("tied", rank, world_size, 1)
-            results["facts"]["reduces_small"] = count_reduces(build_model(tiny("llama"), seed=3), 1)
+            results["facts"]["reduces_small"] = count(
+                build_model(tiny("llama"), seed=3), 1, "reduce_scatter"
+            )
             model_module._ONE_GROUP_BYTES = 0
         if rank == 0:
             torch.save(results, f"{folder}/world-{world_size}.pt")
@@ -163,28 +166,35 @@ def facts(rank: int) -> dict[str, Any]:
         build_model(tiny(**CONFIGS["tied"]), seed=3)
     # Were one made where there is a GPU, ranks on nodes without would not join in.
     assert len(dist.distributed_c10d._world.pg_map) == groups
-    return {"reduces": {micro: count_reduces(model, micro) for micro in (4, 2, 1)}}
+    kept = build_model(tiny(**CONFIGS["tied"]), seed=3, reshard=False)
+    return {
+        "reduces": {micro: count(model, micro, "reduce_scatter") for micro in (4, 2, 1)},
+        "gathers": {micro: count(model, micro, "allgather") for micro in (4, 2)},
+        "gathers_kept": {micro: count(kept, micro, "allgather") for micro in (4, 2, 1)},
+    }
 
 
-def count_reduces(model: SuperpositionLM, micro: int) -> int:
-    """Gradient reductions of one step with 4 rows a rank in micro-batches of `micro`."""
+def count(model: SuperpositionLM, micro: int, name: str) -> int:
+    """The collectives of that name in a step with 4 rows a rank in micro-batches of `micro`."""
     phase = a_phase(bag_size=1, num_sequences=8, latent_length=L)
     pieces = local_micro_batches(global_batch(phase, 0), dist.get_rank(), 2, micro)
-    with Reductions() as reductions:
+    with Collectives(name) as collectives:
         for index, (tokens, num_real) in enumerate(pieces):
             model.set_last_micro_batch(index == len(pieces) - 1)
             model(tokens, phase, num_real=num_real).objective.backward()
     model.zero_grad()
-    return reductions.count
+    return collectives.count
 
 
-class Reductions(TorchDispatchMode):
-    """Counts reduce-scatters."""
+class Collectives(TorchDispatchMode):
+    """Counts those that FSDP starts."""
 
-    count = 0
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = f"c10d::_{name}_base_", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "reduce_scatter" in str(func)
+        self.count += func.name().startswith(self.name)
         return func(*args, **(kwargs or {}))
 
 
@@ -247,6 +257,17 @@ def test_bfloat16_computes_in_less_and_keeps_float32(sharded: Any, alone: Any) -
     assert not torch.equal(losses, exact)
     torch.testing.assert_close(losses, exact, rtol=2e-2, atol=0)
     assert all(value.dtype == torch.float32 for value in mine["end"].values())
+
+
+def test_weights_that_stay_gathered_are_gathered_once_a_step(sharded: Any, alone: Any) -> None:
+    """However many micro-batches there are; and train to the same."""
+    mine, theirs = sharded[2]["kept"], alone["tied"]
+    torch.testing.assert_close(mine["record"], theirs["record"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine["end"], theirs["end"], rtol=1e-4, atol=1e-5)
+    facts = sharded[2]["facts"]
+    # two blocks and the root; without, the blocks in each pass, the root in each micro-batch
+    assert facts["gathers_kept"] == {4: 3, 2: 3, 1: 3}
+    assert facts["gathers"] == {4: 5, 2: 10}
 
 
 def test_gradients_are_reduced_once_a_step(sharded: Any) -> None:

@@ -264,9 +264,14 @@ def test_memory_is_sharded() -> None:
 def test_micro_batches_trade_activations_for_gathered_gradients() -> None:
     whole, cut = memory(2), memory(2, "--train.micro_batch_size=2")
     assert cut["activations"] * 4 == whole["activations"]
-    assert cut["unsharded"] == whole["unsharded"] + 4 * 1000
+    assert cut["unsharded"] == whole["unsharded"] + 4 * (1000 - 500)  # half is the shard
     assert memory(2, "--train.micro_batch_size=8") == whole
     assert memory(1, "--train.micro_batch_size=2")["unsharded"] == 0  # nothing is gathered
+
+
+def test_weights_that_stay_gathered_take_their_memory() -> None:
+    kept = memory(2, "--train.reshard=false")["unsharded"]
+    assert kept == memory(2)["unsharded"] + 4 * (1000 - (600 + 2 * 150))
 
 
 def test_checkpointing_saves_activations() -> None:

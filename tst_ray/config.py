@@ -71,6 +71,7 @@ MAY_CHANGE = (
     "train.micro_batch_size",  # how a batch is computed, not what is computed
     "train.compile",
     "train.activation_checkpointing",
+    "train.reshard",
     "train.threads",
     "checkpoint.*",
     "metrics.*",

@@ -4,8 +4,8 @@
     SuperpositionLM    tokens → loss, in either phase
 
 `build_model(hf_config, *, pretrained, seed, weights, device, precision, compile,
-activation_checkpointing, sharded)` returns a SuperpositionLM ready to train. It is collective:
-every rank calls it.
+activation_checkpointing, reshard, sharded)` returns a SuperpositionLM ready to train. It is
+collective: every rank calls it.
 
 `SuperpositionLM.forward(tokens, phase, *, num_real)` returns StepLoss(objective, loss,
 router_loss), three float32 scalars. `tokens` is int64
@@ -87,16 +87,19 @@ class SuperpositionLM(nn.Module):
         hf_model: the transformers model.
         scale: what its logits are multiplied with (`architecture.logit_scale`).
         compile: whether the softmax of a chunked loss is compiled.
+        reshard: whether FSDP gives gathered weights back between a step's micro-batches.
 
     Attributes:
         hf_model: the same; `hf_model.save_pretrained` writes it for anyone.
         has_router: whether it is a mixture whose router loss is trained on.
     """
 
-    def __init__(self, hf_model: Any, scale: float = 1.0, compile: bool = False) -> None:
+    def __init__(
+        self, hf_model: Any, scale: float = 1.0, compile: bool = False, reshard: bool = True
+    ) -> None:
         super().__init__()
         self.hf_model = hf_model
-        self._scale, self._compile = scale, compile
+        self._scale, self._compile, self._reshard = scale, compile, reshard
         self._num_experts, self._top_k = experts(hf_model.config)
         self._router_weight = float(getattr(hf_model.config, "router_aux_loss_coef", 0) or 0)
         self.has_router = self._num_experts > 0 and self._router_weight > 0
@@ -245,6 +248,7 @@ class SuperpositionLM(nn.Module):
         if isinstance(self, FSDPModule):
             self.set_requires_gradient_sync(is_last)
             self.set_is_last_backward(is_last)
+            self.set_reshard_after_backward(is_last or self._reshard)
 
 
 @contextlib.contextmanager
@@ -297,6 +301,7 @@ def build_model(
     precision: str = "float32",
     compile: bool = False,
     activation_checkpointing: bool = False,
+    reshard: bool = True,
     sharded: bool = True,
 ) -> SuperpositionLM:
     """Build a model, ready to train, with the same weights at every world size.
@@ -315,6 +320,8 @@ def build_model(
             reductions and optimizer.
         compile: torch.compile each block, and the softmax of a chunked loss.
         activation_checkpointing: recompute each block's activations in the backward pass.
+        reshard: give a block's gathered weights back after each use; else they stay until the
+            step's last backward pass, and are gathered once for all its micro-batches.
         sharded: False builds a plain float32 module in this process alone, whatever the group.
 
     Raises:
@@ -336,11 +343,11 @@ def build_model(
         problem = _first_problem(problem)
     if problem:
         raise ConfigError(problem)
-    model = SuperpositionLM(hf_model, scale, compile).train()
+    model = SuperpositionLM(hf_model, scale, compile=compile, reshard=reshard).train()
     whole = model.state_dict() if leads and weights else {}
     _prepare_blocks(model, activation_checkpointing, compile)
     if group:
-        _shard(model, device, precision)
+        _shard(model, device, precision, reshard)
     if whole:
         model.to(device)
     else:
@@ -419,7 +426,7 @@ def _prepare_blocks(model: SuperpositionLM, activation_checkpointing: bool, comp
             blocks[index].compile()
 
 
-def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None:
+def _shard(model: SuperpositionLM, device: torch.device, precision: str, reshard: bool) -> None:
     """Shard each block, then the rest, over all ranks; a small model all at once.
 
     Gradients are summed, not averaged: the loss is already divided by the global number of targets.
@@ -435,7 +442,9 @@ def _shard(model: SuperpositionLM, device: torch.device, precision: str) -> None
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     blocks = anatomy(model.hf_model).blocks if num_bytes > _ONE_GROUP_BYTES else ()
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # None: all but the root's, which backward needs first
+        keep = None if reshard else False
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other

@@ -284,9 +284,10 @@ def memory_per_worker(
 
     parameters, gradients, optimizer: float32, a worker's shard of them.
     unsharded: what FSDP has gathered at once: the tables and two blocks (one at work, the next on
-        its way) in the compute precision with their gradients; the gradient of the tables once
-        more in float32, as it is summed and sent; while micro-batches accumulate, every gradient in
-        float32. Nothing for one float32 worker, which is not sharded.
+        its way), or all without `train.reshard`, in the compute precision; the gradients of those
+        tables and blocks; the gradient of the tables once more in float32, as it is summed and
+        sent; while micro-batches accumulate, every gradient in float32, which become the shards
+        block by block. Nothing for one float32 worker, which is not sharded.
     activations: what backward keeps of one micro-batch (see `_activations`).
     logits: see `_logits`. Evaluation runs as many rows, at the full sequence length (or 16,384
         positions, which without a backward pass need less than a step does).
@@ -297,10 +298,11 @@ def memory_per_worker(
     compute_bytes = 2 if train.precision == "bfloat16" else 4
     sharded = world_size > 1 or compute_bytes == 2
     shard = math.ceil(shape.parameters / world_size)
-    gathered = shape.root_parameters + 2 * shape.largest_block_parameters
-    accumulated = shape.parameters if rows > height else 0
+    at_work = shape.root_parameters + 2 * shape.largest_block_parameters
+    gathered = at_work if train.reshard else shape.parameters
+    accumulated = shape.parameters - shard if rows > height else 0
     positions = height * phase.latent_length
-    unsharded = 2 * compute_bytes * gathered + 4 * shape.root_parameters + 4 * accumulated
+    unsharded = compute_bytes * (gathered + at_work) + 4 * (shape.root_parameters + accumulated)
     memory = {
         "parameters": 4 * shard,
         "gradients": 4 * shard,

@@ -295,6 +295,8 @@ class TrainConfig(_Section):
     """whether to torch.compile each block, and the softmax of a loss in chunks"""
     activation_checkpointing: bool = False
     """whether to recompute each block's activations instead of keeping them"""
+    reshard: bool = True
+    """whether FSDP gathers a block's weights for each use, or once a step and keeps them"""
     threads: Count | None = None
     """torch's CPU threads per worker; those of its CPUs unless given"""
 

@@ -140,6 +140,7 @@ class Trainer:
             precision=config.train.precision,
             compile=config.train.compile,
             activation_checkpointing=config.train.activation_checkpointing,
+            reshard=config.train.reshard,
         )
         self.optimizer = build_optimizer(self.model, config.train)
         self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)

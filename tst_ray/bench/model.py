@@ -57,7 +57,7 @@ def _measured(name: str, least: float | None) -> Iterator[Figure]:
         height = min(height, room // (14 * tokens.latent_length * vocab_size))
     if height:
         steps["transformers"] = _plain(hf, config, tokens, height)
-    seconds = medians(steps, repeats=5 if on_gpu else 20)
+    seconds = medians(steps, repeats=3 if on_gpu else 20)
 
     speed = tokens.latent_tokens_per_step / seconds["tokens"]
     yield Figure(f"{name}: next tokens", speed, "tokens/s")
@@ -117,6 +117,7 @@ def _ours(hf: Any, config: Config, phases: tuple[Phase, ...]) -> tuple[dict[str,
         precision=train.precision,
         compile=train.compile,
         activation_checkpointing=train.activation_checkpointing,
+        reshard=train.reshard,
     )
     _fill(model)
     step = _step_of(model, config)

@@ -19,6 +19,7 @@ from tst_ray.superposition import (
     WEIGHTINGS,
     bag_weights,
     embed_bags,
+    gpu_kernel,
     linear_multi_hot_cross_entropy,
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_alt,
@@ -355,3 +356,13 @@ def test_no_gradient_work_without_gradients() -> None:
     assert not value.requires_grad
     assert value.item() == pytest.approx(expected)
     assert largest.calls["mm"] == math.ceil(N / 2)
+
+
+def test_where_the_gpu_kernel_does_not_work_torch_does_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it works here")
+    gpu_kernel.cache_clear()
+    assert gpu_kernel() is None
+    assert "averaged by torch" in caplog.text

@@ -7,15 +7,16 @@
     linear_multi_hot_cross_entropy     either loss from the hidden states, as training computes it
 
 Source: Peng, Gigant, Quesnelle, *Efficient Pre-Training with Token Superposition*,
-arXiv 2605.06546. This module knows torch only; on a GPU `bag_kernels.py` does the mean.
+arXiv 2605.06546. This module knows torch only; on a GPU `bag_kernels.py` makes the mean.
 
 Shape suffixes: N positions, s places of a bag, V vocabulary, d width.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tst_ray.chunked_loss import chunked_cross_entropy
+
+log = logging.getLogger(__name__)
 
 Loss = Literal["mce", "mce_alt"]
 Reduction = Literal["mean", "sum"]
@@ -44,10 +47,9 @@ def embed_bags(weight: Tensor, tokens: Tensor) -> Tensor:
         [..., d]. No [..., s, d] copy of the embeddings is made.
     """
     bags = tokens.reshape(-1, tokens.shape[-1])
-    if weight.is_cuda and weight.dtype != torch.float64 and has_triton():
-        from tst_ray.bag_kernels import mean_of_bags
-
-        mean = mean_of_bags(weight, bags)
+    kernel = gpu_kernel() if weight.is_cuda and weight.dtype != torch.float64 else None
+    if kernel is not None:
+        mean = kernel(weight, bags)
     else:
         table = weight
         if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
@@ -57,9 +59,21 @@ def embed_bags(weight: Tensor, tokens: Tensor) -> Tensor:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether Triton is there; torch's wheels for CUDA bring it, those for CPUs do not."""
-    return importlib.util.find_spec("triton") is not None
+def gpu_kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """`mean_of_bags`, tried on the GPU; None where it does not work, and then it is said why.
+
+    torch's wheels for CUDA bring Triton, but it needs a C compiler too.
+    """
+    try:
+        from tst_ray.bag_kernels import mean_of_bags
+
+        table, bags = torch.zeros(1, 16, device="cuda"), torch.zeros(1, 1, device="cuda").long()
+        mean_of_bags(table, bags)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        log.warning("bags are averaged by torch, which takes longer; Triton: %.200s", why)
+        return None
+    return mean_of_bags
 
 
 def bag_weights(weighting: str, s: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tst_ray.bench.measure import Figure, medians, peak_bytes
+from tst_ray.bench.measure import Figure, free_gpu_bytes, medians, peak_bytes
 
 _BAGS = (4, 8, 16)
 
@@ -37,9 +37,7 @@ def loss() -> list[Figure]:
 
 def _holds_loop(n: int, vocab: int, device: str) -> bool:
     """Whether a device has room for the loop, which keeps the logits once for each label."""
-    import torch
-
-    return device == "cpu" or torch.cuda.mem_get_info()[0] > (max(_BAGS) + 4) * 4 * n * vocab
+    return device == "cpu" or free_gpu_bytes() > (max(_BAGS) + 4) * 4 * n * vocab
 
 
 def _losses(n: int, d: int, vocab: int, dtype: Any, device: str) -> Iterator[Figure]:

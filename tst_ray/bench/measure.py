@@ -91,6 +91,14 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def free_gpu_bytes() -> int:
+    """Bytes that a GPU still has, those that torch keeps for its next tensors included."""
+    import torch
+
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
 class PeakBytes(TorchDispatchMode):
     """The most bytes of tensors, made inside the block, that were alive at once; on any device.
 

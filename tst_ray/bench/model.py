@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tst_ray.bench.measure import Figure, medians
+from tst_ray.bench.measure import Figure, free_gpu_bytes, medians
 from tst_ray.config import Config, load_config
 from tst_ray.plan import Phase, build_plan, flops_per_step, memory_per_worker
 
@@ -48,12 +48,12 @@ def _measured(name: str, least: float | None) -> Iterator[Figure]:
     plan, shape = build_plan(config), describe(hf)
     bags, tokens = plan.phases
     estimate = memory_per_worker(shape, plan, bags, 1, config.train)["total"]
-    if on_gpu and estimate > torch.cuda.mem_get_info()[0]:
+    if on_gpu and estimate > free_gpu_bytes():
         return
     steps, held = _ours(hf, config, plan.phases)
     height = config.train.micro_batch_size or tokens.num_sequences
     if on_gpu:  # transformers makes the logits whole, and its loss some copies of them
-        room = torch.cuda.mem_get_info()[0] - estimate
+        room = max(free_gpu_bytes() - estimate, 0)
         height = min(height, room // (14 * tokens.latent_length * vocab_size))
     if height:
         steps["transformers"] = _plain(hf, config, tokens, height)

@@ -125,6 +125,9 @@ def process(rank: int, folder: str) -> None:
                 "mixture", rank, world_size, 9, activation_checkpointing=True
             )
             results["kept"] = run_case("tied", rank, world_size, 1, reshard=False)
+            results["kept bfloat16"] = run_case(
+                "tied", rank, world_size, 9, reshard=False, precision="bfloat16"
+            )
             results["bfloat16"] = run_case("tied", rank, world_size, 9, precision="bfloat16")
             results["facts"] = facts(rank)
             model_module._ONE_GROUP_BYTES = one_group
@@ -268,6 +271,12 @@ def test_weights_that_stay_gathered_are_gathered_once_a_step(sharded: Any, alone
     # two blocks and the root; without, the blocks in each pass, the root in each micro-batch
     assert facts["gathers_kept"] == {4: 3, 2: 3, 1: 3}
     assert facts["gathers"] == {4: 5, 2: 10}
+
+
+def test_in_bfloat16_too_it_makes_no_difference_whether_weights_stay(sharded: Any) -> None:
+    for what in ("record", "end"):
+        kept, mine = sharded[2]["kept bfloat16"][what], sharded[2]["bfloat16"][what]
+        torch.testing.assert_close(kept, mine, rtol=0, atol=0)
 
 
 def test_gradients_are_reduced_once_a_step(sharded: Any) -> None:

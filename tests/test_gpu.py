@@ -86,13 +86,13 @@ def test_bags_are_embedded_without_their_embeddings_in_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1, 3, 5_000])
-def test_the_mean_of_bags_is_that_of_float64(dtype: torch.dtype, vocab: int) -> None:
+@pytest.mark.parametrize(("vocab", "length"), [(1, 50), (3, 50), (5_000, 50), (3, 2)])
+def test_the_mean_of_bags_is_that_of_float64(dtype: torch.dtype, vocab: int, length: int) -> None:
     """Tokens whose sums cross no tile, many, and all; and the same bits each time."""
     torch.manual_seed(vocab)
     weight = torch.randn(vocab, 600, device="cuda", dtype=dtype).requires_grad_()
-    tokens = (torch.rand(3, 50, 7, device="cuda").pow(3) * vocab).long()
-    grad = torch.randn(3, 50, 600, device="cuda", dtype=dtype)
+    tokens = (torch.rand(3, length, 7, device="cuda").pow(3) * vocab).long()
+    grad = torch.randn(3, length, 600, device="cuda", dtype=dtype)
     exact = weight.detach().double().requires_grad_()
     exact_mean = F.embedding(tokens, exact).mean(dim=-2)
     (exact_grad,) = torch.autograd.grad(exact_mean, exact, grad.double())
@@ -112,6 +112,7 @@ def test_memory_for_checkpoints_is_pinned_ahead() -> None:
     stager = Stager()
     stager.reserve(state)
     staged = stager.stage(state)
+    assert staged["deep"]["step"].is_pinned()  # of what copies make for themselves, it is not
     assert staged["w"].is_pinned() and not staged["w"].is_cuda
     assert torch.equal(staged["w"], state["w"].cpu())
     assert staged["deep"]["step"] == 3 and staged["deep"]["n"] == 7

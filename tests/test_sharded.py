@@ -120,6 +120,7 @@ def test_memory_for_copies_is_pinned_ahead_and_let_go(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sharded, "pin_memory", pinned.__setitem__)
     monkeypatch.setattr(sharded, "unpin_memory", lambda at: pinned.pop(at))
     monkeypatch.setattr(sharded, "_is_on_gpu", lambda state: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of no GPU
     state, stager = make_state(), Stager()
     stager.reserve(state)
     for _ in range(2):
@@ -146,6 +147,7 @@ def test_where_nothing_can_be_pinned_ahead_the_copy_makes_its_own(
 
     monkeypatch.setattr(sharded, "pin_memory", full)
     monkeypatch.setattr(sharded, "_is_on_gpu", lambda state: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of no GPU
     monkeypatch.setattr(staging, "_create_cpu_state_dict", create)
     state, stager = make_state(), Stager()
     stager.reserve(state)

@@ -48,6 +48,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tuple
     return job, run_inline(job)
 
 
+def test_a_state_that_is_gathered_before_the_first_update_counts_none(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch makes AdamW's state by a step of its own; the first real one would be corrected as the
+    second."""
+    late = make_job(make_config(tmp_path, manifest, run__name="late"), manifest)
+    early = make_job(make_config(tmp_path, manifest, run__name="early"), manifest)
+    records = run_inline(late)
+    begin = Trainer._begin
+
+    def gather_and_begin(trainer: Trainer, *args: Any, **options: Any) -> None:
+        trainer.state()  # as where the first steps are passed over
+        begin(trainer, *args, **options)
+
+    monkeypatch.setattr(Trainer, "_begin", gather_and_begin)
+    assert [r["loss"] for r in run_inline(early)] == [r["loss"] for r in records]
+
+
 @pytest.mark.parametrize(("every_s", "steps"), [("0.000001", range(1, 9)), ("3600", [8])])
 def test_a_checkpoint_is_due_by_the_clock_too(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, every_s: str, steps: Any

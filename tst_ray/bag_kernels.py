@@ -71,10 +71,11 @@ class _MeanOfBags(torch.autograd.Function):
                     grad_Nd, tokens_M, places_M, table_grad_Vd, pieces_T2d, m, d, s,
                     TILE=_TILE, BLOCK=block,
                 )  # fmt: skip
-                _join_tiles[(len(last_M), blocks)](
-                    tokens_M, last_tiles_T, table_grad_Vd, pieces_T2d, d, s,
-                    TILE=_TILE, BLOCK=block,
-                )  # fmt: skip
+                if len(last_M):
+                    _join_tiles[(len(last_M), blocks)](
+                        tokens_M, last_tiles_T, table_grad_Vd, pieces_T2d, d, s,
+                        TILE=_TILE, BLOCK=block,
+                    )  # fmt: skip
         return table_grad_Vd, None
 
 

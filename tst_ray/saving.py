@@ -121,9 +121,7 @@ class Saving:
         is all of a state, the host memory for its copies begins to be made.
         """
         if not self._reserved:
-            self._reserved = True
-            for saver in self._savers():
-                saver.reserve(self._state())
+            self._reserve(step)
         ends = step == self._job.last_step
         if is_suspicious and not ends:
             return
@@ -132,6 +130,14 @@ class Saving:
             self._save(step, self.memory, is_suspicious)
         if step % self._settings.every == 0 or ends or self.wanted:
             self._save(step, self.storage, is_suspicious)
+
+    def _reserve(self, step: int) -> None:
+        """Have memory made for the copies that the rest of the stage asks for."""
+        self._reserved = True
+        self.storage.reserve(self._state())
+        every = self._settings.memory_every
+        if self.memory is not None and every and step + every <= self._job.last_step:
+            self.memory.reserve(self._state())
 
     def now(self, step: int, is_suspicious: bool) -> None:
         """Save to storage, whatever is due: the group ends here."""

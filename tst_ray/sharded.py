@@ -61,14 +61,18 @@ class Stager:
         if self._stager is None and _is_on_gpu(state):
             self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
             self._reserving = threading.Thread(
-                target=self._reserve, args=(state,), name="pin", daemon=True
+                target=self._reserve,
+                args=(self._stager, state, torch.cuda.current_device()),
+                name="pin",
             )
             self._reserving.start()
 
-    def _reserve(self, state: dict[str, Any]) -> None:
-        assert self._stager is not None
+    @staticmethod
+    def _reserve(stager: BlockingAsyncStager, state: dict[str, Any], device: int) -> None:
         try:
-            self._stager.state_dict_cache = _pinned_like(state)
+            # A thread begins on the first GPU, where pinning would take a context of 0.5 GB.
+            with torch.cuda.device(device):
+                stager.state_dict_cache = _pinned_like(state)
         except Exception as error:  # the stager gets its own at the first copy, or tells why not
             log.warning("no memory was pinned ahead: %s", error)
 
@@ -94,6 +98,11 @@ def _is_on_gpu(state: Any) -> bool:
     return isinstance(state, torch.Tensor) and state.is_cuda
 
 
+def _unpin(at: int) -> None:
+    with contextlib.suppress(AssertionError):  # a GPU that has failed refuses, and says so anyway
+        unpin_memory(at)
+
+
 @torch.no_grad()
 def _pinned_like(state: dict[str, Any]) -> Any:
     """Pinned host memory for a state, of any content.
@@ -110,7 +119,7 @@ def _pinned_like(state: dict[str, Any]) -> Any:
         if local.numel():
             at = local.data_ptr()
             pin_memory(at, local.untyped_storage().nbytes())
-            weakref.finalize(local, unpin_memory, at)
+            weakref.finalize(local, _unpin, at).atexit = False  # the process's end unpins all
         return made
 
     return tree_map(host, state)

@@ -391,7 +391,11 @@ class Trainer:
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All that a checkpoint holds, by parameter name, sharded as it is; the live tensors."""
+    is_new = not optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    if is_new:  # torch has made one, by a step without gradients; it counts for nothing
+        for state in optimizer.state.values():
+            state["step"].zero_()
     return {"model": model_state, "optimizer": optimizer_state}
 
 

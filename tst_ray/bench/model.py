@@ -54,7 +54,9 @@ def _measured(name: str, least: float | None) -> Iterator[Figure]:
     height = config.train.micro_batch_size or tokens.num_sequences
     if on_gpu:  # transformers makes the logits whole, and its loss some copies of them
         room = max(free_gpu_bytes() - estimate, 0)
-        height = min(height, room // (14 * tokens.latent_length * vocab_size))
+        fit = min(height, room // (14 * tokens.latent_length * vocab_size))
+        # of one size, or its compiled code would be that of any size
+        height = max((n for n in range(1, fit + 1) if tokens.num_sequences % n == 0), default=0)
     if height:
         steps["transformers"] = _plain(hf, config, tokens, height)
     seconds = medians(steps, repeats=3 if on_gpu else 20)
@@ -67,7 +69,7 @@ def _measured(name: str, least: float | None) -> Iterator[Figure]:
         yield Figure(f"{name}: share of the device's arithmetic", used, "x", at_least=least)
     ratios = {
         f"a step in bags of {_BAG}": ("bags", 1.10),
-        "transformers' own": ("transformers", None),
+        f"transformers' own, {height} sequences at once": ("transformers", None),
     }
     for what, (kind, most) in ratios.items():
         if kind in seconds:

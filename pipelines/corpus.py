@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError
-from pipelines.storage import absolute, locate, one_line
+from pipelines.errors import DataError, one_line
+from pipelines.storage import absolute, locate
 
 PYTHON_STDLIB = "python-stdlib"
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**25

@@ -7,3 +7,8 @@ class DataError(ValueError):
 
 class Unreadable(DataError):
     """Storage did not let it be read; another try may go well."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, short enough for a terminal."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

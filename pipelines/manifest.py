@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError, Unreadable
-from pipelines.storage import locate, one_line, os_errors, read_bytes, write_atomically
+from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.storage import locate, os_errors, read_bytes, write_atomically
 
 FORMAT, VERSION = "token-shards", 1
 SPLITS = ("train", "validation")

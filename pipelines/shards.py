@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError, Unreadable
+from pipelines.errors import DataError, Unreadable, one_line
 from pipelines.manifest import (
     PREPARE_AGAIN,
     SPLITS,
@@ -50,7 +50,7 @@ from pipelines.manifest import (
     verify_checksums,
     verify_sizes,
 )
-from pipelines.storage import locate, one_line, os_errors, write_atomically
+from pipelines.storage import locate, os_errors, write_atomically
 
 __all__ = [
     "MAX_SHARD_TOKENS",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 
 
 def absolute(path: str) -> str:
@@ -77,8 +77,3 @@ def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa
         raise DataError(
             f"{path}: cannot be written ({one_line(error)}); choose a folder you may write to"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, short enough for a terminal."""
-    return " ".join(str(error).split())[:300]

@@ -23,8 +23,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.corpus import JSON_LINES, PARQUET, Corpus, TextFile, Unit, draw, file_kind
-from pipelines.errors import DataError
-from pipelines.storage import locate, one_line, os_errors
+from pipelines.errors import DataError, one_line
+from pipelines.storage import locate, os_errors
 
 PIECE_BYTES = 2**20
 

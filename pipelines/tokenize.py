@@ -29,10 +29,10 @@ from pipelines.corpus import (
     plan_units,
     source_root,
 )
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
 from pipelines.shards import MAX_SHARD_TOKENS
-from pipelines.storage import locate, one_line, read_bytes, write_atomically
+from pipelines.storage import locate, read_bytes, write_atomically
 from pipelines.texts import Unreadable, read_file, sample_texts
 from pipelines.tokenizer import (
     TRAIN,

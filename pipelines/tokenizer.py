@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError
-from pipelines.storage import locate, one_line, read_bytes, write_atomically
+from pipelines.errors import DataError, one_line
+from pipelines.storage import locate, read_bytes, write_atomically
 
 if TYPE_CHECKING:
     from pipelines.manifest import Manifest

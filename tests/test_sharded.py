@@ -44,6 +44,22 @@ def test_files_are_hashed_on_the_way_as_they_lie_on_the_disk(
     assert all(torch.equal(state[name], value) for name, value in make_state().items())
 
 
+def test_what_is_hashed_has_no_crc_as_well(tmp_path: Path) -> None:
+    """And torch makes them again once the last of those that write is done."""
+    seen = []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        seen.append(torch.serialization.get_crc32_options())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded.dcp, "save", save)
+        with sharded._without_crc32():
+            write(make_state(), tmp_path)
+            assert not torch.serialization.get_crc32_options()
+    assert seen == [False]
+    assert torch.serialization.get_crc32_options()
+
+
 @pytest.mark.parametrize("failing", [0, 2])
 def test_what_cannot_be_hashed_fails_the_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int

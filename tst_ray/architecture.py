@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
 from tst_ray.plan import ModelShape
 from tst_ray.superposition import embed_bags
@@ -449,8 +450,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, on one line of bearable length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

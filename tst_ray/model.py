@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from pipelines.errors import one_line
 from tst_ray.architecture import (
     anatomy,
     check_supported,
@@ -47,7 +48,6 @@ from tst_ray.architecture import (
     hf_config,
     logit_scale,
     make_model,
-    one_line,
     seeded,
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within

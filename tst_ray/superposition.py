@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.errors import one_line
 from tst_ray.chunked_loss import chunked_cross_entropy
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,7 @@ def gpu_kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split())
-        log.warning("bags are averaged by torch, which takes longer; Triton: %.200s", why)
+        log.warning("bags are averaged by torch, which takes longer; Triton: %s", one_line(error))
         return None
     return mean_of_bags
 

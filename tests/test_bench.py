@@ -23,6 +23,7 @@ from pipelines.order import Cut, Order, StreamSource
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.bench import BENCHES, print_bench, run_bench
 from tst_ray.bench.measure import Figure, PeakBytes, medians
+from tst_ray.bench.model import _even_height
 from tst_ray.cli import main
 from tst_ray.model import build_model, hf_config
 from tst_ray.plan import build_plan
@@ -264,3 +265,8 @@ def test_the_driver_gets_to_ray_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_micro_batches_of_one_size() -> None:
+    assert [_even_height(128, most) for most in (16, 15, 1, 0, -3)] == [16, 8, 1, 0, 0]
+    assert _even_height(9, 4) == 3

@@ -66,6 +66,36 @@ def test_a_state_that_is_gathered_before_the_first_update_counts_none(
     assert [r["loss"] for r in run_inline(early)] == [r["loss"] for r in records]
 
 
+def test_memory_for_copies_is_asked_for_once_after_the_first_step(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def reserve(saver: Checkpointer, state: dict[str, Any]) -> None:
+        asked.extend({int(moments["step"]) for moments in state["optimizer"]["state"].values()})
+
+    monkeypatch.setattr(Checkpointer, "reserve", reserve)
+    run_inline(make_job(make_config(tmp_path, manifest), manifest))
+    assert asked == [1]
+
+
+def test_the_model_is_built_as_the_settings_say(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: dict[str, Any] = {}
+
+    def spy(*args: Any, **options: Any) -> Any:
+        built.update(options)
+        return build_model(*args, **options)
+
+    monkeypatch.setattr("tst_ray.worker.build_model", spy)
+    settings = {"activation_checkpointing": "true", "reshard": "false"}
+    config = make_config(tmp_path, manifest, **{f"train__{k}": v for k, v in settings.items()})
+    run_inline(make_job(config, manifest))
+    assert built["activation_checkpointing"] and not built["reshard"]
+    assert not built["compile"] and built["precision"] == "float32"
+
+
 @pytest.mark.parametrize(("every_s", "steps"), [("0.000001", range(1, 9)), ("3600", [8])])
 def test_a_checkpoint_is_due_by_the_clock_too(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, every_s: str, steps: Any

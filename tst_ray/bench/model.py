@@ -53,10 +53,8 @@ def _measured(name: str, least: float | None) -> Iterator[Figure]:
     steps, held = _ours(hf, config, plan.phases)
     height = config.train.micro_batch_size or tokens.num_sequences
     if on_gpu:  # transformers makes the logits whole, and its loss some copies of them
-        room = max(free_gpu_bytes() - estimate, 0)
-        fit = min(height, room // (14 * tokens.latent_length * vocab_size))
-        # of one size, or its compiled code would be that of any size
-        height = max((n for n in range(1, fit + 1) if tokens.num_sequences % n == 0), default=0)
+        fit = (free_gpu_bytes() - estimate) // (14 * tokens.latent_length * vocab_size)
+        height = _even_height(tokens.num_sequences, min(height, fit))
     if height:
         steps["transformers"] = _plain(hf, config, tokens, height)
     seconds = medians(steps, repeats=3 if on_gpu else 20)
@@ -92,6 +90,14 @@ def _one_workers_share(name: str) -> Config:
             f"--tst.bag_size={_BAG}", "--tst.ratio=0.5",
         ],
     )  # fmt: skip
+
+
+def _even_height(rows: int, most: int) -> int:
+    """Rows of micro-batches of one size, `most` of them at most; 0 where none fits.
+
+    With a smaller one at the end, compiled code would be that of any size.
+    """
+    return max((height for height in range(1, most + 1) if rows % height == 0), default=0)
 
 
 def _release() -> None:

@@ -45,12 +45,19 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with forkserver.server_ahead("llama") as variables:
-        stays = start_what_stays(tmp_path_factory.mktemp("stays"), variables)
-        yield variables
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What a local Ray takes for Python, its server beside it."""
+    with forkserver.server_ahead("llama") as program:
+        stays = start_what_stays(tmp_path_factory.mktemp("stays"), {})
+        yield program
         assert lives(stays)
     wait_for(lambda: not lives(stays))
+    assert forkclient.ADDRESS not in os.environ
+
+
+@pytest.fixture
+def address(interpreter: str) -> dict[str, str]:
+    return {forkclient.ADDRESS: os.environ[forkclient.ADDRESS]}
 
 
 def start_what_stays(folder: Path, variables: dict[str, str]) -> int:
@@ -174,6 +181,108 @@ def test_what_it_prints_goes_where_the_clients_goes(
     address: dict[str, str], folders: tuple[Path, Path]
 ) -> None:
     assert "heard" in start(folders[0], address)[1]
+
+
+def test_what_a_local_ray_takes_for_python_is_python_but_for_its_workers(
+    interpreter: str, folders: tuple[Path, Path]
+) -> None:
+    told = subprocess.run(
+        [interpreter, "-c", "import sys; print(sys.executable, sys.argv[1:])", "an argument"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert told == f"{sys.executable} ['an argument']\n"
+    facts, told_by = start_as_a_raylet(interpreter, folders[0], [])
+    assert facts["torch"] and facts["parent"] != os.getpid(), told_by
+
+
+PLAIN = {
+    "command_prefix": [],
+    "env_vars": {"MINE": "of the environment"},
+    "py_executable": sys.executable,
+    "override_worker_entrypoint": None,
+    "java_jars": [],
+}
+
+
+def test_an_environment_of_variables_needs_no_set_up_of_rays(
+    interpreter: str, folders: tuple[Path, Path]
+) -> None:
+    facts, printed = start_as_a_raylet(interpreter, folders[0], [json.dumps(PLAIN)])
+    assert facts["parent"] != os.getpid(), printed
+    assert facts["variable"] == "of the environment"
+    assert facts["arguments"] == [
+        str(folders[0] / "default_worker.py"),
+        str(folders[0] / "told.json"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"command_prefix": ["cd", "/somewhere", "&&"]},
+        {"py_executable": "another python"},
+        {"env_vars": {"MINE": "$HOME/here"}},
+        {"what_a_later_ray_adds": "yes"},
+    ],
+)
+def test_one_of_more_is_left_to_ray(
+    interpreter: str, folders: tuple[Path, Path], more: dict[str, Any]
+) -> None:
+    facts, printed = start_as_a_raylet(interpreter, folders[0], [json.dumps(PLAIN | more)])
+    assert "not forked" in printed
+    assert facts["parent"] == os.getpid() and facts["arguments"][0].endswith("setup_worker.py")
+    assert facts["variable"] == folders[0].name, "Ray sets the variables itself"
+
+
+def start_as_a_raylet(
+    interpreter: str, folder: Path, contexts: list[str]
+) -> tuple[dict[str, Any], str]:
+    """Have a worker process started as a raylet does; what it told, and what was printed.
+
+    Args:
+        contexts: the process's environment, JSON; without one it needs none.
+    """
+    told = folder / "told.json"
+    for name in ("setup_worker.py", "default_worker.py"):
+        (folder / name).write_text(WORKER.replace("sys.argv[1]", repr(str(told))))
+    command = [interpreter, *([str(folder / "setup_worker.py")] if contexts else [])]
+    command += [str(folder / "default_worker.py"), str(told)]
+    for context in contexts:
+        command += ["--language=PYTHON", f"--serialized-runtime-env-context={context}"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"MINE": folder.name},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    wait_for(told.exists)
+    return json.loads(told.read_text()), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_all_workers_of_a_local_ray_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an environment of their own, as Ray Train gives its own, and without."""
+    import ray
+
+    from tst_ray.config import load_config
+    from tst_ray.session import ray_session
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def facts() -> tuple[bool, bool, str | None]:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        is_ready = "transformers" in sys.modules  # else it was forked to become another
+        return b"tst_ray.forkserver" in parent, is_ready, os.environ.get("MINE")
+
+    python = sys.executable
+    with ray_session(load_config(None, []), None):
+        assert sys.executable == python
+        task = ray.remote(num_cpus=0)(facts)
+        with_variables = task.options(runtime_env={"env_vars": {"MINE": "yes"}})
+        told = ray.get([task.remote(), with_variables.remote()], timeout=PATIENCE_S)
+    assert told == [(True, True, None), (True, True, "yes")]
 
 
 def test_without_a_server_the_client_is_the_process(folders: tuple[Path, Path]) -> None:

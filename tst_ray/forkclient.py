@@ -1,6 +1,6 @@
 """What Ray starts instead of Python: a client, which has the node's fork server fork the process.
 
-    python forkclient.py <Ray's worker script> …
+    python forkclient.py <Ray's worker script, or what sets it up> …
 
 Only the standard library, and little of it: this file is read and compiled for every process of
 Ray. Where anything goes wrong, or takes too long, the client becomes an ordinary worker process.
@@ -22,6 +22,9 @@ LENGTH = 8
 """Bytes, big-endian, of the length that goes before a request."""
 
 _JOB = "RAY_JOB_ID"
+_SET_UP = "setup_worker.py"
+_CONTEXT = "--serialized-runtime-env-context="
+_LANGUAGE = "--language="
 _BACKLOG = 128
 _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 
@@ -29,10 +32,30 @@ _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 def start(arguments: list[str]) -> None:
     """Have the server fork a process that runs `arguments`; where that fails, become it."""
     try:
-        _ask(arguments)
+        _ask(_set_up(arguments))
     except Exception as error:
         print(f"not forked: {error!r}", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _set_up(arguments: list[str]) -> list[str]:
+    """Do what Ray's setup_worker.py would do first, which imports Ray for it; what then runs.
+
+    Raises:
+        ValueError: an environment of more than variables.
+    """
+    if os.path.basename(arguments[0]) != _SET_UP:
+        return arguments
+    text = next((a for a in arguments if a.startswith(_CONTEXT)), f"{_CONTEXT}{{}}")
+    context = json.loads(text.removeprefix(_CONTEXT))
+    variables = context.pop("env_vars", {})
+    plain = {"py_executable": sys.executable}
+    if any("$" in value for value in variables.values()) or any(
+        value and plain.get(name) != value for name, value in context.items()
+    ):
+        raise ValueError("its environment is more than variables")
+    os.environ.update(variables)
+    return [a for a in arguments[1:] if not a.startswith((_CONTEXT, _LANGUAGE))]
 
 
 def _ask(arguments: list[str]) -> None:

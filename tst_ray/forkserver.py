@@ -10,11 +10,15 @@
 A process of Ray spends its first seconds on imports, and with a worker group come ten of them: what
 controls it, hands out data, reads and trains. Ray starts whatever the `py_executable` of the
 runtime environment names; here that is the client. The first one on a node becomes its server, one
-for each environment, since modules may take settings from it as they are imported. The driver of a
-local Ray starts it itself, ahead of Ray. Each job has a server of its own, since Ray takes its job
-from the environment as it is imported; what takes longest is there when the next run begins. A
-server ends with its parent, or ten minutes (a job's: one) after its last child. Python's own
-`multiprocessing.forkserver` is the same idea, for Python's children.
+for each environment, since modules may take settings from it as they are imported. Each job has a
+server of its own, since Ray takes its job from the environment as it is imported; what takes
+longest is there when the next run begins. A server ends with its parent, or ten minutes (a job's:
+one) after its last child. Python's own `multiprocessing.forkserver` is the same idea, for Python's
+children.
+
+The driver of a local Ray starts the server itself, ahead of Ray, and has that take the client for
+Python: before a process with a runtime environment Ray would import itself once more, for 0.5 s,
+and a worker group waits for four such processes, one after the other.
 
 Where anything goes wrong, or takes too long, the client becomes an ordinary worker process, so
 nothing depends on this. A server that cannot be forked safely (it has other threads, it has opened
@@ -101,11 +105,11 @@ def job_environment(
 
 
 @contextlib.contextmanager
-def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
+def server_ahead(model_type: str) -> Iterator[str]:
     """A server for a Ray on this machine, that imports while Ray starts; ends with the block.
 
     Yields:
-        the environment variable that lets clients find it.
+        what that Ray is to take for Python: see `taken_for_python`.
     """
     import subprocess
     import tempfile
@@ -123,14 +127,58 @@ def server_ahead(model_type: str) -> Iterator[dict[str, str]]:
                 )
         except OSError as error:  # a path too long for a socket, say: the first client will do
             print(f"no fork server ahead: {error}", file=sys.stderr)
-            yield {}
+            yield sys.executable
             return
         try:
-            yield {forkclient.ADDRESS: address}
+            with _variable(forkclient.ADDRESS, address):
+                yield _interpreter(os.path.join(folder, "python"))
         finally:
             _end_descendants(server.pid)
             server.kill()
             server.wait()
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, while the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _interpreter(path: str) -> str:
+    """Write a program that is Python, but for Ray's workers the client; its path."""
+    import shlex
+
+    python, client = map(shlex.quote, (sys.executable, os.path.abspath(forkclient.__file__)))
+    with open(path, "w") as file:
+        file.write(
+            "#!/bin/sh\n"
+            'case "$1" in\n'
+            f'*/setup_worker.py | */default_worker.py) exec {python} -S -E {client} "$@" ;;\n'
+            f'*) exec {python} "$@" ;;\n'
+            "esac\n"
+        )
+    os.chmod(path, 0o700)
+    return path
+
+
+@contextlib.contextmanager
+def taken_for_python(interpreter: str) -> Iterator[None]:
+    """While the block starts a Ray here: that has its processes run by another program.
+
+    Ray 2.60 has no setting for it, and takes its own `sys.executable`.
+    """
+    python, sys.executable = sys.executable, interpreter
+    try:
+        yield
+    finally:
+        sys.executable = python
 
 
 def _end_descendants(ancestor: int) -> None:
@@ -258,13 +306,15 @@ def _import(names: Iterable[str]) -> None:
 
     # Looking for GPUs must not open them: a child could then not use them.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    gc.disable()  # looking again and again at what is here to stay is a fifth of the imports' time
     for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:
             print(f"{name} is not imported ahead: {error}", file=sys.stderr, flush=True)
+    gc.enable()
     gc.collect()
-    gc.freeze()  # what is here to stay need not be looked at, nor its memory copied, in each child
+    gc.freeze()  # nor need it be looked at, or its memory copied, in each child
 
 
 def _why_not_fork() -> str | None:

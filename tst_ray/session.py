@@ -133,18 +133,19 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
         os.environ.setdefault(name, str(value))
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
-        if _forks(config):
-            variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
-            kind = str(config.model.config.get("model_type", ""))
-            if is_local:
-                variables |= stack.enter_context(forkserver.server_ahead(kind))
-            submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-            options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
+        python = sys.executable
+        kind = str(config.model.config.get("model_type", ""))
         if is_local:
-            options.update(_local_options(config, plan))
+            options = _local_options(config, plan)
+            if _forks(config):
+                python = stack.enter_context(forkserver.server_ahead(kind))
         else:
             _check_address(os.environ["RAY_ADDRESS"])
-        yield stack.enter_context(_connected(is_local, options))
+            if _forks(config):
+                variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
+                submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+                options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
+        yield stack.enter_context(_connected(is_local, options, python))
 
 
 def _forks(config: Config) -> bool:
@@ -172,17 +173,18 @@ def _local_options(config: Config, plan: Plan | None) -> dict[str, Any]:
         "num_cpus": local_cpus(config, plan),
         "include_dashboard": False,
         "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
-        # The processes that Ray starts unasked have not this run's environment.
+        # A process that Ray starts unasked is for no job, and would have a server of its own.
         "_system_config": {"prestart_worker_first_driver": not _forks(config)},
     }
 
 
 @contextlib.contextmanager
-def _connected(is_local: bool, options: dict[str, Any]) -> Iterator[Session]:
+def _connected(is_local: bool, options: dict[str, Any], python: str) -> Iterator[Session]:
     import ray
 
     try:
-        context = ray.init(**options)
+        with forkserver.taken_for_python(python):
+            context = ray.init(**options)
     except (ConnectionError, ValueError) as error:  # the second: what is no address at all
         if is_local:
             raise

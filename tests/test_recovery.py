@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,20 +287,33 @@ def test_a_lost_node_leaves_one_worker_and_a_new_one_lets_the_run_grow(
 
 
 @pytest.mark.slow
-def test_a_node_that_does_not_see_the_storage_takes_no_part(place: Place, whole: Run) -> None:
+@pytest.mark.parametrize(
+    ("setting", "file"),
+    [("run.storage", "blind-to-run.storage/config.yaml"), ("data.prepared", "manifest.json")],
+)
+def test_a_node_that_does_not_see_what_the_run_needs_takes_no_part(
+    place: Place, whole: Run, setting: str, file: str
+) -> None:
     """A worker would end there, and a reader find no shards; another node is waited for."""
     place.nodes(2)
-    run = place.start("blind")
+    changes, unseen = {}, place.folder / "runs"
+    if setting == "data.prepared":
+        unseen = place.folder / "prepared elsewhere"
+        (prepared,) = (place.folder / "runs" / "shards").glob("*/manifest.json")
+        shutil.copytree(prepared.parent, unseen)
+        changes = {"data__sources": "[]", "data__prepared": unseen}
+    run = place.start(f"blind-to-{setting}", **changes)
     run.reach(15)
     place.cluster.remove_node(place.cluster.node_ids()[0])
     wait_until(lambda: bool(run.events("waiting")), "the run to wait for a node")
-    with hidden(place.folder / "runs"):
+    with hidden(unseen):
         blind = place.cluster.add_node(1, SPOT)
     wait_until(lambda: bool(run.events("unseen")), "the run to say what the node does not see")
     (told,) = run.events("unseen")
     assert told["node"] == blind
-    assert re.fullmatch(r"node \S+ does not see \S+/blind/config.yaml", told["why"])
-    refused = place.start("refused").finish(status=1)
+    assert re.fullmatch(rf"node \S+ does not see {unseen}/{file}", told["why"])
+    refused = place.start(f"refused-{setting}", **changes).finish(status=1)
+    assert f"{setting}: node" in refused
     assert "give a folder or a URL that all nodes share" in refused
     place.cluster.add_node(1, SPOT)
     run.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,8 +40,9 @@ class Looks:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self._sleep)
 
-    def _begin(self, node: str, path: str) -> str:
+    def _begin(self, node: str, paths: tuple[str, ...]) -> str:
         self.begun.append(node)
+        self.looked_for = paths
         return node
 
     def _sleep(self, seconds: float) -> None:
@@ -131,6 +133,29 @@ def test_who_has_enough_nodes_does_not_wait_for_more(looks: Looks) -> None:
     assert looks.now == 1000
 
 
+def test_what_is_needed_later_is_looked_for_on_all_nodes_anew(looks: Looks) -> None:
+    """The shards, once it is known where they lie; a look that is under way is of no use."""
+    sight = Sight()
+    sight.require("/runs/a/config.yaml")
+    looks.answers["a"] = (True, None)
+    sight.settle()
+    looks.living["b"] = 1.0
+    sight.look()
+    sight.require("/shards/manifest.json")
+    assert looks.given_up == ["b"]
+    looks.answers["a"] = BLIND
+    looks.answers["b"] = (True, None)
+    sight.settle()
+    assert looks.looked_for == ("/runs/a/config.yaml", "/shards/manifest.json")
+    assert (sight.unseen(), sight.problems()) == ({"a"}, {"a": BLIND[1]})
+
+
+def test_a_look_says_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    asked = (str(tmp_path / "here"), str(tmp_path / "not"), str(tmp_path / "nor"))
+    assert sight_module.missing(asked) == list(asked[1:])
+
+
 def test_where_all_see_nobody_looks(looks: Looks) -> None:
     sight = Sight()
     sight.settle()
@@ -140,10 +165,12 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
 @pytest.mark.parametrize(
     ("outcome", "told"),
     [
-        (True, (True, None)),
-        (False, (False, "node 10.0.0.7 does not see /runs/a/config.yaml")),
+        ([], (True, None)),
+        (["/runs/a/config.yaml"], (False, "node 10.0.0.7 does not see /runs/a/config.yaml")),
         (
-            RayTaskError("sees", "Traceback\nModuleNotFoundError: No module named 'tst_ray'", None),
+            RayTaskError(
+                "missing", "Traceback\nModuleNotFoundError: No module named 'tst_ray'", None
+            ),
             (
                 False,
                 "node 10.0.0.7 cannot import this package "
@@ -164,4 +191,4 @@ def test_what_is_wrong_is_told_with_the_node(
 
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr(sight_module, "address_of", lambda node: "10.0.0.7")
-    assert sight_module._answer(None, "a", "/runs/a/config.yaml") == told
+    assert sight_module._answer(None, "a") == told

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib
+import os
 import threading
 import time
 import uuid
@@ -113,7 +114,8 @@ class Coordinator:
         self.state = State.PREPARE
         self.log_path: str | None = None
         self.vaults: Any = None  # the memory of the cluster, where checkpoints are kept too
-        self.sight = Sight()  # which nodes see the run
+        self.sight = Sight()  # which nodes see what the run needs
+        self.on_cluster = False
 
     def run(self) -> Outcome:
         """Train to the end.
@@ -166,32 +168,47 @@ class Coordinator:
             with ray_session(self.config, self.plan) as session:
                 _import_beside("ray.train.torch")
                 update_state(run, ray_address=session.address)
+                self.on_cluster = not session.is_local
                 try:
                     check = self._begin_check("ray")  # here, while others look at their nodes
-                    self._check_cluster(run, is_local=session.is_local)
+                    self._check_cluster(run)
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray", check)
                 finally:
                     ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
-    def _check_cluster(self, run: Storage, is_local: bool) -> None:
-        """Refuse a cluster that the run could not use, and say what it leaves unused.
-
-        A new run is refused on nodes that do not see its folder: its text is prepared on all. One
-        that has begun goes on without them.
-        """
-        step = newest_step(run)
-        check_capacity(self.config, self.plan, step, self.say)
-        if run.is_local and not is_local:
-            self.sight = Sight(run.at(CONFIG))
-            self.sight.settle()
-        if not step and (problems := self.sight.problems()):
-            raise RunError(
-                f"run.storage: {next(iter(problems.values()))}; give a folder or a URL that all "
-                "nodes share, and install this package on every node"
-            )
+    def _check_cluster(self, run: Storage) -> None:
+        """Refuse a cluster that the run could not use, and say what it leaves unused."""
+        check_capacity(self.config, self.plan, newest_step(run), self.say)
+        if run.is_local:
+            self._require(run, "run.storage", run.at(CONFIG))
+        if self.config.model.pretrained and os.path.isdir(source := str(self.config.model.source)):
+            self._require(run, "model.source", source)
         if gpus := unused_gpus(self.config):
             self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
+
+    def _require_shards(self, run: Storage, manifest: Manifest) -> None:
+        """Use the nodes alone that see the shards too, where these are not beside the run."""
+        shards, beside = Storage(manifest.folder), Storage(self.config.run.storage)
+        if shards.is_local and not shards.url.startswith(f"{beside.url}/"):
+            setting = "data.prepared" if self.config.data.prepared else "data.cache"
+            self._require(run, setting, shards.at(MANIFEST))
+
+    def _require(self, run: Storage, setting: str, path: str) -> None:
+        """Use the nodes of a cluster alone that see a file.
+
+        A new run is refused where some do not: all may read, and train. One that has begun goes on
+        without them.
+        """
+        if not self.on_cluster:
+            return
+        self.sight.require(path)
+        self.sight.settle()
+        if not newest_step(run) and (problems := self.sight.problems()):
+            raise RunError(
+                f"{setting}: {next(iter(problems.values()))}; give a folder or a URL that all "
+                "nodes share, and install this package on every node"
+            )
 
     @contextlib.contextmanager
     def _memory_of_the_cluster(self) -> Iterator[None]:
@@ -221,6 +238,7 @@ class Coordinator:
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
+        self._require_shards(run, manifest)
         _, shape = _call(backend, check_model, self.config, self.plan, manifest, away=self._away())
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))

@@ -1,4 +1,4 @@
-"""Which nodes see a run's folder: a task on each has looked before workers or readers go there.
+"""Which nodes see a run's files: a task on each has looked before workers or readers go there.
 
     Sight ── look ──> a task on every node that is new ──> unseen │ where │ problems
 
@@ -53,21 +53,28 @@ class _Found:
 
 
 class Sight:
-    """The nodes that see a folder, and those that do not, or have not said so yet.
+    """The nodes that see what a run needs, and those that do not, or have not said so yet.
 
     Args:
-        path: a file in it, on this machine; None where nobody needs to look.
+        paths: a file in each folder that they must see, on this machine; without any, nobody looks.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self._path = path
+    def __init__(self, *paths: str) -> None:
+        self._paths = paths
         self._living: frozenset[str] = frozenset()
         self._looks: dict[str, _Look] = {}
         self._found: dict[str, _Found] = {}
 
+    def require(self, path: str) -> None:
+        """Have nodes see this file too; all are looked at anew."""
+        for look in self._looks.values():
+            _give_up(look.task)
+        self._paths += (path,)
+        self._looks, self._found = {}, {}
+
     def look(self) -> None:
         """Take in what was found, and begin to look where nobody has; waits for nothing."""
-        if self._path is None:
+        if not self._paths:
             return
         now = time.monotonic()
         nodes = (node for node in living_nodes() if node.resources.get("CPU"))
@@ -75,10 +82,10 @@ class Sight:
         self._found[own_node()] = _Found(True, None, now, 0)
         for node, look in list(self._looks.items()):
             if _is_done(look.task):
-                self._found[node] = _Found(*_answer(look.task, node, self._path), now, look.number)
+                self._found[node] = _Found(*_answer(look.task, node), now, look.number)
                 del self._looks[node]
             elif now - look.since > LOOK_S:
-                log.warning("node %s does not say whether it sees %s", node, self._path)
+                log.warning("node %s does not say what it sees", node)
                 _give_up(look.task)
                 self._found[node] = _Found(False, None, now, look.number)
                 del self._looks[node]
@@ -86,7 +93,7 @@ class Sight:
             found = self._found.get(node)
             if found is None or (not found.sees and now > found.again_at):
                 number = found.number + 1 if found else 0
-                self._looks[node] = _Look(_begin(node, self._path), now, number)
+                self._looks[node] = _Look(_begin(node, self._paths), now, number)
 
     @property
     def is_looking(self) -> bool:
@@ -110,29 +117,29 @@ class Sight:
         return {node: problem for node, problem in sorted(found.items()) if problem}
 
     def where(self) -> dict[str, str]:
-        """The label selector of the nodes that see the folder; new ones are not among them."""
+        """The label selector of the nodes that see all; new ones are not among them."""
         seeing = self._living - self.unseen()
         return only_on(seeing) if seeing else {}
 
 
-def sees(path: str) -> bool:
-    """Whether there is a file of that path where this runs."""
-    return os.path.exists(path)
+def missing(paths: tuple[str, ...]) -> list[str]:
+    """Those of the paths at which nothing is where this runs."""
+    return [path for path in paths if not os.path.exists(path)]
 
 
-def _begin(node: str, path: str) -> Any:
+def _begin(node: str, paths: tuple[str, ...]) -> Any:
     """Begin to look on a node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _sees_there().options(num_cpus=0, scheduling_strategy=there).remote(path)
+    return _missing_there().options(num_cpus=0, scheduling_strategy=there).remote(paths)
 
 
 @cache
-def _sees_there() -> Any:
+def _missing_there() -> Any:
     import ray
 
-    return ray.remote(sees)  # one: each would be sent to the head by itself
+    return ray.remote(missing)  # one: each would be sent to the head by itself
 
 
 def _is_done(task: Any) -> bool:
@@ -147,18 +154,19 @@ def _give_up(task: Any) -> None:
     ray.cancel(task, force=True)
 
 
-def _answer(task: Any, node: str, path: str) -> tuple[bool, str | None]:
-    """Whether a node sees, by a look that is done; and what is wrong, where that is known."""
+def _answer(task: Any, node: str) -> tuple[bool, str | None]:
+    """Whether a node sees all, by a look that is done; and what is wrong, where that is known."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        if ray.get(task):
+        paths = ray.get(task)
+        if not paths:
             return True, None
-        what = f"does not see {path}"
+        what = f"does not see {paths[0]}"
     except RayTaskError as error:  # the look itself cannot fail
         what = f"cannot import this package ({str(error).strip().splitlines()[-1][:300]})"
     except RayError as error:  # the node went, or its memory did
-        log.warning("node %s does not say whether it sees %s: %s", node, path, error)
+        log.warning("node %s does not say what it sees: %s", node, error)
         return False, None
     return False, f"node {address_of(node)} {what}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,57 @@ def test_what_a_local_ray_takes_for_python_is_python_but_for_its_workers(
         text=True,
     ).stdout
     assert told == f"{sys.executable} ['an argument']\n"
-    facts, told_by = start_as_a_raylet(interpreter, folders[0], [])
-    assert facts["torch"] and facts["parent"] != os.getpid(), told_by
+    facts, printed = start_as_a_raylet(interpreter, folders[0])
+    assert facts["torch"] and facts["parent"] != os.getpid(), printed
+
+
+def test_it_stays_there_however_long_nobody_needs_it(interpreter: str) -> None:
+    """What cleans temporary folders up leaves those alone that are locked."""
+    folder = os.open(os.path.dirname(interpreter), os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+
+
+def test_where_it_does_not_run_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A temporary folder may be on a filesystem without programs (noexec)."""
+    monkeypatch.setattr(os, "chmod", lambda path, mode: None)
+    assert forkserver._interpreter(str(tmp_path / "python")) is None
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_only_ray_takes_it_for_python() -> None:
+    """multiprocessing, which reads the same name, would start it when it is gone."""
+    from ray._private import services
+
+    with forkserver.taken_for_python("/another/python"):
+        assert services.sys.executable == "/another/python"
+        assert services.sys.platform == sys.platform
+        assert sys.executable != "/another/python"
+    assert services.sys is sys
+
+
+def test_python_without_a_users_packages_forks_too(
+    interpreter: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray passes -s on; where the environment says it too, the server has it."""
+    for context in ([], [PLAIN]):
+        facts, printed = start_as_a_raylet(interpreter, folders[0], *context, flags=["-s"])
+        assert "Python with -s" in printed and facts["parent"] == os.getpid()
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    for context in ([], [PLAIN]):
+        facts, printed = start_as_a_raylet(interpreter, folders[0], *context, flags=["-s"])
+        assert facts["parent"] != os.getpid(), printed
+        assert facts["arguments"][0] == str(folders[0] / "default_worker.py")
+
+
+def test_what_moves_objects_for_all_jobs_is_no_fork(
+    interpreter: str, folders: tuple[Path, Path]
+) -> None:
+    facts, printed = start_as_a_raylet(interpreter, folders[0], more=["--worker-type=SPILL_WORKER"])
+    assert "not forked" in printed and facts["parent"] == os.getpid()
 
 
 PLAIN = {
@@ -208,7 +258,7 @@ PLAIN = {
 def test_an_environment_of_variables_needs_no_set_up_of_rays(
     interpreter: str, folders: tuple[Path, Path]
 ) -> None:
-    facts, printed = start_as_a_raylet(interpreter, folders[0], [json.dumps(PLAIN)])
+    facts, printed = start_as_a_raylet(interpreter, folders[0], PLAIN)
     assert facts["parent"] != os.getpid(), printed
     assert facts["variable"] == "of the environment"
     assert facts["arguments"] == [
@@ -223,33 +273,41 @@ def test_an_environment_of_variables_needs_no_set_up_of_rays(
         {"command_prefix": ["cd", "/somewhere", "&&"]},
         {"py_executable": "another python"},
         {"env_vars": {"MINE": "$HOME/here"}},
+        {"env_vars": {"PYTHONPATH": "/somewhere"}},
         {"what_a_later_ray_adds": "yes"},
     ],
 )
 def test_one_of_more_is_left_to_ray(
     interpreter: str, folders: tuple[Path, Path], more: dict[str, Any]
 ) -> None:
-    facts, printed = start_as_a_raylet(interpreter, folders[0], [json.dumps(PLAIN | more)])
+    facts, printed = start_as_a_raylet(interpreter, folders[0], PLAIN | more)
     assert "not forked" in printed
     assert facts["parent"] == os.getpid() and facts["arguments"][0].endswith("setup_worker.py")
     assert facts["variable"] == folders[0].name, "Ray sets the variables itself"
 
 
 def start_as_a_raylet(
-    interpreter: str, folder: Path, contexts: list[str]
+    interpreter: str,
+    folder: Path,
+    *contexts: dict[str, Any],
+    flags: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
     """Have a worker process started as a raylet does; what it told, and what was printed.
 
     Args:
-        contexts: the process's environment, JSON; without one it needs none.
+        contexts: the process's environment; without one it needs none.
+        flags: Python's, which a raylet's command has between the two scripts.
+        more: arguments.
     """
     told = folder / "told.json"
     for name in ("setup_worker.py", "default_worker.py"):
         (folder / name).write_text(WORKER.replace("sys.argv[1]", repr(str(told))))
     command = [interpreter, *([str(folder / "setup_worker.py")] if contexts else [])]
-    command += [str(folder / "default_worker.py"), str(told)]
+    command += [*flags, str(folder / "default_worker.py"), str(told), *more]
     for context in contexts:
-        command += ["--language=PYTHON", f"--serialized-runtime-env-context={context}"]
+        as_text = json.dumps(context)
+        command += ["--language=PYTHON", f"--serialized-runtime-env-context={as_text}"]
     done = subprocess.run(
         command,
         env=os.environ | {"MINE": folder.name},

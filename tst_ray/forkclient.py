@@ -24,7 +24,9 @@ LENGTH = 8
 _JOB = "RAY_JOB_ID"
 _SET_UP = "setup_worker.py"
 _CONTEXT = "--serialized-runtime-env-context="
-_LANGUAGE = "--language="
+_LANGUAGE = "--language=PYTHON"
+_WORKER_TYPE = "--worker-type="
+_READ_AT_THE_START = ("PYTHON", "LD_", "MALLOC_", "OMP_")  # such variables are too late in a fork
 _BACKLOG = 128
 _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 
@@ -32,30 +34,48 @@ _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 def start(arguments: list[str]) -> None:
     """Have the server fork a process that runs `arguments`; where that fails, become it."""
     try:
-        _ask(_set_up(arguments))
+        _ask(_prepared(arguments))
     except Exception as error:
         print(f"not forked: {error!r}", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, *arguments])
 
 
-def _set_up(arguments: list[str]) -> list[str]:
-    """Do what Ray's setup_worker.py would do first, which imports Ray for it; what then runs.
+def _prepared(arguments: list[str]) -> list[str]:
+    """What the server is to run, this process's environment being set.
 
     Raises:
-        ValueError: an environment of more than variables.
+        ValueError: it can be no fork of a server.
     """
-    if os.path.basename(arguments[0]) != _SET_UP:
-        return arguments
+    if os.path.basename(arguments[0]) == _SET_UP:
+        arguments = _set_up(arguments)
+    if arguments[0] == "-s" and "PYTHONNOUSERSITE" in os.environ:  # the server has it from there
+        arguments = arguments[1:]
+    if arguments[0].startswith("-"):
+        raise ValueError(f"Python with {arguments[0]}")
+    if any(argument.startswith(_WORKER_TYPE) for argument in arguments):
+        raise ValueError("it moves objects, for no job")  # and would have a server of its own
+    return arguments
+
+
+def _set_up(arguments: list[str]) -> list[str]:
+    """Do what Ray's setup_worker.py would, which imports Ray for it; what then is to run.
+
+    Raises:
+        ValueError: an environment of more than variables, or of what Python reads as it starts.
+    """
     text = next((a for a in arguments if a.startswith(_CONTEXT)), f"{_CONTEXT}{{}}")
     context = json.loads(text.removeprefix(_CONTEXT))
     variables = context.pop("env_vars", {})
     plain = {"py_executable": sys.executable}
-    if any("$" in value for value in variables.values()) or any(
-        value and plain.get(name) != value for name, value in context.items()
+    if (
+        _LANGUAGE not in arguments
+        or any(value and plain.get(name) != value for name, value in context.items())
+        or any("$" in value for value in variables.values())
+        or any(name.startswith(_READ_AT_THE_START) for name in variables)
     ):
         raise ValueError("its environment is more than variables")
     os.environ.update(variables)
-    return [a for a in arguments[1:] if not a.startswith((_CONTEXT, _LANGUAGE))]
+    return [a for a in arguments[1:] if a != _LANGUAGE and not a.startswith(_CONTEXT)]
 
 
 def _ask(arguments: list[str]) -> None:

@@ -105,11 +105,12 @@ def job_environment(
 
 
 @contextlib.contextmanager
-def server_ahead(model_type: str) -> Iterator[str]:
+def server_ahead(model_type: str) -> Iterator[str | None]:
     """A server for a Ray on this machine, that imports while Ray starts; ends with the block.
 
     Yields:
-        what that Ray is to take for Python: see `taken_for_python`.
+        what that Ray is to take for Python (`taken_for_python`); None where that cannot be, and an
+        environment must do (`job_environment`).
     """
     import subprocess
     import tempfile
@@ -127,10 +128,11 @@ def server_ahead(model_type: str) -> Iterator[str]:
                 )
         except OSError as error:  # a path too long for a socket, say: the first client will do
             print(f"no fork server ahead: {error}", file=sys.stderr)
-            yield sys.executable
+            yield None
             return
         try:
-            with _variable(forkclient.ADDRESS, address):
+            variables = {forkclient.ADDRESS: address, _MODEL_TYPE: model_type}
+            with _variables(variables), _kept(folder):
                 yield _interpreter(os.path.join(folder, "python"))
         finally:
             _end_descendants(server.pid)
@@ -139,32 +141,59 @@ def server_ahead(model_type: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable, while the block runs."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables, while the block runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
-def _interpreter(path: str) -> str:
-    """Write a program that is Python, but for Ray's workers the client; its path."""
+@contextlib.contextmanager
+def _kept(folder: str) -> Iterator[None]:
+    """Have a temporary folder outlive ten days in which nobody needs it: systemd-tmpfiles leaves
+    what is locked (systemd.io/TEMPORARY_DIRECTORIES)."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _interpreter(path: str) -> str | None:
+    """Write a program that is Python, but for Ray's workers the client.
+
+    Returns:
+        its path; None where it does not run, as on a filesystem without programs (noexec).
+    """
     import shlex
+    import subprocess
 
     python, client = map(shlex.quote, (sys.executable, os.path.abspath(forkclient.__file__)))
-    with open(path, "w") as file:
-        file.write(
-            "#!/bin/sh\n"
-            'case "$1" in\n'
-            f'*/setup_worker.py | */default_worker.py) exec {python} -S -E {client} "$@" ;;\n'
-            f'*) exec {python} "$@" ;;\n'
-            "esac\n"
-        )
-    os.chmod(path, 0o700)
+    try:
+        with open(path, "w") as file:
+            file.write(
+                "#!/bin/sh\n"
+                'case "$1:$2" in\n'
+                "*/setup_worker.py:* | */default_worker.py:* | -s:*/default_worker.py)\n"
+                f'  exec {python} -S -E {client} "$@" ;;\n'
+                f'*) exec {python} "$@" ;;\n'
+                "esac\n"
+            )
+        os.chmod(path, 0o700)
+        subprocess.run([path, "-S", "-E", "-c", ""], check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"Ray cannot have its workers forked at once: {error}", file=sys.stderr)
+        return None
     return path
 
 
@@ -172,13 +201,22 @@ def _interpreter(path: str) -> str:
 def taken_for_python(interpreter: str) -> Iterator[None]:
     """While the block starts a Ray here: that has its processes run by another program.
 
-    Ray 2.60 has no setting for it, and takes its own `sys.executable`.
+    Ray 2.60 has no setting for it, and takes `sys.executable`; for others in this process, that
+    stays what it is.
     """
-    python, sys.executable = sys.executable, interpreter
+    from ray._private import services
+
+    class Sys:
+        executable = interpreter
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sys, name)
+
+    services.sys = Sys()  # type: ignore[attr-defined,unused-ignore]
     try:
         yield
     finally:
-        sys.executable = python
+        services.sys = sys  # type: ignore[attr-defined,unused-ignore]
 
 
 def _end_descendants(ancestor: int) -> None:

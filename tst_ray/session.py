@@ -132,19 +132,18 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, str(value))
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {}
-        python = sys.executable
-        kind = str(config.model.config.get("model_type", ""))
-        if is_local:
-            options = _local_options(config, plan)
-            if _forks(config):
+        options = _local_options(config, plan) if is_local else {}
+        python: str | None = None
+        if _forks(config):
+            kind = str(config.model.config.get("model_type", ""))
+            if is_local:
                 python = stack.enter_context(forkserver.server_ahead(kind))
-        else:
-            _check_address(os.environ["RAY_ADDRESS"])
-            if _forks(config):
+            if python is None:
                 variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
                 submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
                 options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
+        if not is_local:
+            _check_address(os.environ["RAY_ADDRESS"])
         yield stack.enter_context(_connected(is_local, options, python))
 
 
@@ -179,11 +178,11 @@ def _local_options(config: Config, plan: Plan | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _connected(is_local: bool, options: dict[str, Any], python: str) -> Iterator[Session]:
+def _connected(is_local: bool, options: dict[str, Any], python: str | None) -> Iterator[Session]:
     import ray
 
     try:
-        with forkserver.taken_for_python(python):
+        with forkserver.taken_for_python(python or sys.executable):
             context = ray.init(**options)
     except (ConnectionError, ValueError) as error:  # the second: what is no address at all
         if is_local:

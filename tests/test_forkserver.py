@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -46,19 +46,13 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What a local Ray takes for Python, its server beside it."""
-    with forkserver.server_ahead("llama") as program:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with forkserver.server_ahead("llama"):
         stays = start_what_stays(tmp_path_factory.mktemp("stays"), {})
-        yield program
+        yield {forkclient.ADDRESS: os.environ[forkclient.ADDRESS]}
         assert lives(stays)
     wait_for(lambda: not lives(stays))
     assert forkclient.ADDRESS not in os.environ
-
-
-@pytest.fixture
-def address(interpreter: str) -> dict[str, str]:
-    return {forkclient.ADDRESS: os.environ[forkclient.ADDRESS]}
 
 
 def start_what_stays(folder: Path, variables: dict[str, str]) -> int:
@@ -184,65 +178,25 @@ def test_what_it_prints_goes_where_the_clients_goes(
     assert "heard" in start(folders[0], address)[1]
 
 
-def test_what_a_local_ray_takes_for_python_is_python_but_for_its_workers(
-    interpreter: str, folders: tuple[Path, Path]
-) -> None:
-    told = subprocess.run(
-        [interpreter, "-c", "import sys; print(sys.executable, sys.argv[1:])", "an argument"],
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert told == f"{sys.executable} ['an argument']\n"
-    facts, printed = start_as_a_raylet(interpreter, folders[0])
-    assert facts["torch"] and facts["parent"] != os.getpid(), printed
-
-
-def test_it_stays_there_however_long_nobody_needs_it(interpreter: str) -> None:
-    """What cleans temporary folders up leaves those alone that are locked."""
-    folder = os.open(os.path.dirname(interpreter), os.O_RDONLY)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(folder)
-
-
-def test_where_it_does_not_run_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A temporary folder may be on a filesystem without programs (noexec)."""
-    monkeypatch.setattr(os, "chmod", lambda path, mode: None)
-    assert forkserver._interpreter(str(tmp_path / "python")) is None
-    assert "Permission denied" in capsys.readouterr().err
-
-
-def test_only_ray_takes_it_for_python() -> None:
-    """multiprocessing, which reads the same name, would start it when it is gone."""
-    from ray._private import services
-
-    with forkserver.taken_for_python("/another/python"):
-        assert services.sys.executable == "/another/python"
-        assert services.sys.platform == sys.platform
-        assert sys.executable != "/another/python"
-    assert services.sys is sys
-
-
 def test_python_without_a_users_packages_forks_too(
-    interpreter: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    address: dict[str, str], folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray passes -s on; where the environment says it too, the server has it."""
     for context in ([], [PLAIN]):
-        facts, printed = start_as_a_raylet(interpreter, folders[0], *context, flags=["-s"])
+        facts, printed = start_as_a_raylet(folders[0], *context, flags=["-s"])
         assert "Python with -s" in printed and facts["parent"] == os.getpid()
+        assert facts["arguments"][0].endswith("setup_worker.py")
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
     for context in ([], [PLAIN]):
-        facts, printed = start_as_a_raylet(interpreter, folders[0], *context, flags=["-s"])
+        facts, printed = start_as_a_raylet(folders[0], *context, flags=["-s"])
         assert facts["parent"] != os.getpid(), printed
         assert facts["arguments"][0] == str(folders[0] / "default_worker.py")
 
 
 def test_what_moves_objects_for_all_jobs_is_no_fork(
-    interpreter: str, folders: tuple[Path, Path]
+    address: dict[str, str], folders: tuple[Path, Path]
 ) -> None:
-    facts, printed = start_as_a_raylet(interpreter, folders[0], more=["--worker-type=SPILL_WORKER"])
+    facts, printed = start_as_a_raylet(folders[0], more=["--worker-type=SPILL_WORKER"])
     assert "not forked" in printed and facts["parent"] == os.getpid()
 
 
@@ -256,9 +210,9 @@ PLAIN = {
 
 
 def test_an_environment_of_variables_needs_no_set_up_of_rays(
-    interpreter: str, folders: tuple[Path, Path]
+    address: dict[str, str], folders: tuple[Path, Path]
 ) -> None:
-    facts, printed = start_as_a_raylet(interpreter, folders[0], PLAIN)
+    facts, printed = start_as_a_raylet(folders[0], PLAIN)
     assert facts["parent"] != os.getpid(), printed
     assert facts["variable"] == "of the environment"
     assert facts["arguments"] == [
@@ -278,36 +232,37 @@ def test_an_environment_of_variables_needs_no_set_up_of_rays(
     ],
 )
 def test_one_of_more_is_left_to_ray(
-    interpreter: str, folders: tuple[Path, Path], more: dict[str, Any]
+    address: dict[str, str], folders: tuple[Path, Path], more: dict[str, Any]
 ) -> None:
-    facts, printed = start_as_a_raylet(interpreter, folders[0], PLAIN | more)
+    facts, printed = start_as_a_raylet(folders[0], PLAIN | more)
     assert "not forked" in printed
     assert facts["parent"] == os.getpid() and facts["arguments"][0].endswith("setup_worker.py")
     assert facts["variable"] == folders[0].name, "Ray sets the variables itself"
 
 
 def start_as_a_raylet(
-    interpreter: str,
     folder: Path,
     *contexts: dict[str, Any],
     flags: Sequence[str] = (),
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Have a worker process started as a raylet does; what it told, and what was printed.
+    """Have a worker process started by a raylet that runs the client in place of Ray's set-up.
 
     Args:
-        contexts: the process's environment; without one it needs none.
+        contexts: the process's environment; none where it needs none.
         flags: Python's, which a raylet's command has between the two scripts.
         more: arguments.
+
+    Returns:
+        what it told, and what was printed.
     """
     told = folder / "told.json"
     for name in ("setup_worker.py", "default_worker.py"):
         (folder / name).write_text(WORKER.replace("sys.argv[1]", repr(str(told))))
-    command = [interpreter, *([str(folder / "setup_worker.py")] if contexts else [])]
-    command += [*flags, str(folder / "default_worker.py"), str(told), *more]
+    command = [sys.executable, forkclient.__file__, *flags, str(folder / "default_worker.py")]
+    command += [str(told), *more, "--language=PYTHON"]
     for context in contexts:
-        as_text = json.dumps(context)
-        command += ["--language=PYTHON", f"--serialized-runtime-env-context={as_text}"]
+        command.append(f"--serialized-runtime-env-context={json.dumps(context)}")
     done = subprocess.run(
         command,
         env=os.environ | {"MINE": folder.name},
@@ -320,7 +275,9 @@ def start_as_a_raylet(
 
 
 @pytest.mark.slow
-def test_all_workers_of_a_local_ray_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_ray_forks_all_its_workers_and_has_nothing_that_nobody_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With an environment of their own, as Ray Train gives its own, and without."""
     import ray
 
@@ -334,9 +291,15 @@ def test_all_workers_of_a_local_ray_are_forked(monkeypatch: pytest.MonkeyPatch) 
         is_ready = "transformers" in sys.modules  # else it was forked to become another
         return b"tst_ray.forkserver" in parent, is_ready, os.environ.get("MINE")
 
-    python = sys.executable
-    with ray_session(load_config(None, []), None):
-        assert sys.executable == python
+    def commands() -> str:
+        found = (entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline"))
+        return b"\n".join(found).decode(errors="replace")
+
+    with ray_session(load_config(None, []), None) as session:
+        node = Path(session.log_folder).parent.name
+        assert node in commands()
+        for name in ("monitor.py", "dashboard.py"):
+            assert not re.search(rf"/{name}\0.*{node}", commands())
         task = ray.remote(num_cpus=0)(facts)
         with_variables = task.options(runtime_env={"env_vars": {"MINE": "yes"}})
         told = ray.get([task.remote(), with_variables.remote()], timeout=PATIENCE_S)
@@ -478,6 +441,15 @@ def test_no_import_of_a_server_opens_a_gpu() -> None:
     )
     for imports in ("f._FOR_THE_NODE = (); f._import_for_the_node()", "f._import_for_a_job()"):
         assert run_server(code.format(imports)) == "1"
+
+
+def test_a_thread_that_is_ending_is_no_reason_not_to_serve() -> None:
+    """OpenBLAS ends its threads at a fork, and the kernel lists them for a moment longer."""
+    code = (
+        "import threading, time; from tst_ray import forkserver as f; "
+        "threading.Thread(target=time.sleep, args=(0.2,)).start(); print(f._why_not_fork())"
+    )
+    assert run_server(code) == "None"
 
 
 def test_a_server_with_threads_does_not_serve() -> None:

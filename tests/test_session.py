@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -84,27 +82,6 @@ def test_an_address_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, add
     told = pytest.raises(RunError, match=f"RAY_ADDRESS = {address}: give HOST:PORT")
     with told, ray_session(config, build_plan(config)):
         pass
-
-
-@pytest.mark.parametrize("interpreter", ["/tmp/python", None])
-def test_without_an_interpreter_of_its_own_a_local_ray_has_an_environment(
-    monkeypatch: pytest.MonkeyPatch, interpreter: str | None
-) -> None:
-    connected: list[tuple[dict[str, Any], str | None]] = []
-
-    def connect(is_local: bool, options: dict[str, Any], python: str | None) -> Any:
-        connected.append((options, python))
-        return nullcontext()
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(session, "_connected", connect)
-    monkeypatch.setattr(session.forkserver, "server_ahead", lambda kind: nullcontext(interpreter))
-    with ray_session(config_of(), None):
-        pass
-    ((options, python),) = connected
-    assert python == interpreter
-    assert ("runtime_env" in options) == (interpreter is None)
-    assert options["address"] == "local"
 
 
 # -- room ------------------------------------------------------------------------------------------

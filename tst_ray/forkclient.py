@@ -1,6 +1,6 @@
 """What Ray starts instead of Python: a client, which has the node's fork server fork the process.
 
-    python forkclient.py <Ray's worker script, or what sets it up> …
+    python forkclient.py [Python's options] <Ray's worker script> … [its environment]
 
 Only the standard library, and little of it: this file is read and compiled for every process of
 Ray. Where anything goes wrong, or takes too long, the client becomes an ordinary worker process.
@@ -26,7 +26,7 @@ _SET_UP = "setup_worker.py"
 _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language=PYTHON"
 _WORKER_TYPE = "--worker-type="
-_READ_AT_THE_START = ("PYTHON", "LD_", "MALLOC_", "OMP_")  # such variables are too late in a fork
+_READ_AT_THE_START = ("PYTHON", "LD_", "MALLOC_", "OMP_")  # for a fork it is too late then
 _BACKLOG = 128
 _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 
@@ -37,6 +37,9 @@ def start(arguments: list[str]) -> None:
         _ask(_prepared(arguments))
     except Exception as error:
         print(f"not forked: {error!r}", file=sys.stderr, flush=True)
+        if _LANGUAGE in arguments:  # this was run in place of setup_worker.py
+            worker = next(argument for argument in arguments if not argument.startswith("-"))
+            arguments = [os.path.join(os.path.dirname(worker), _SET_UP), *arguments]
         os.execv(sys.executable, [sys.executable, *arguments])
 
 
@@ -46,8 +49,9 @@ def _prepared(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: it can be no fork of a server.
     """
-    if os.path.basename(arguments[0]) == _SET_UP:
-        arguments = _set_up(arguments)
+    for context in (a for a in arguments if a.startswith(_CONTEXT)):
+        _set_up(json.loads(context.removeprefix(_CONTEXT)))
+    arguments = [a for a in arguments if a != _LANGUAGE and not a.startswith(_CONTEXT)]
     if arguments[0] == "-s" and "PYTHONNOUSERSITE" in os.environ:  # the server has it from there
         arguments = arguments[1:]
     if arguments[0].startswith("-"):
@@ -57,25 +61,21 @@ def _prepared(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _set_up(arguments: list[str]) -> list[str]:
-    """Do what Ray's setup_worker.py would, which imports Ray for it; what then is to run.
+def _set_up(context: dict[str, Any]) -> None:
+    """Do for a runtime environment of variables what Ray's setup_worker.py would.
 
     Raises:
-        ValueError: an environment of more than variables, or of what Python reads as it starts.
+        ValueError: it is more than that, or has a variable that is read as a process starts.
     """
-    text = next((a for a in arguments if a.startswith(_CONTEXT)), f"{_CONTEXT}{{}}")
-    context = json.loads(text.removeprefix(_CONTEXT))
-    variables = context.pop("env_vars", {})
+    variables = context.pop("env_vars")
     plain = {"py_executable": sys.executable}
     if (
-        _LANGUAGE not in arguments
-        or any(value and plain.get(name) != value for name, value in context.items())
+        any(value and plain.get(name) != value for name, value in context.items())
         or any("$" in value for value in variables.values())
         or any(name.startswith(_READ_AT_THE_START) for name in variables)
     ):
         raise ValueError("its environment is more than variables")
     os.environ.update(variables)
-    return [a for a in arguments[1:] if a != _LANGUAGE and not a.startswith(_CONTEXT)]
 
 
 def _ask(arguments: list[str]) -> None:

@@ -16,9 +16,9 @@ longest is there when the next run begins. A server ends with its parent, or ten
 one) after its last child. Python's own `multiprocessing.forkserver` is the same idea, for Python's
 children.
 
-The driver of a local Ray starts the server itself, ahead of Ray, and has that take the client for
-Python: before a process with a runtime environment Ray would import itself once more, for 0.5 s,
-and a worker group waits for four such processes, one after the other.
+The driver of a local Ray starts the server itself, ahead of Ray, and has that run the client in
+place of its own setup_worker.py (session.py), which imports Ray before each process that has a
+runtime environment: 0.5 s, and a worker group waits for four of them, one after the other.
 
 Where anything goes wrong, or takes too long, the client becomes an ordinary worker process, so
 nothing depends on this. A server that cannot be forked safely (it has other threads, it has opened
@@ -105,35 +105,34 @@ def job_environment(
 
 
 @contextlib.contextmanager
-def server_ahead(model_type: str) -> Iterator[str | None]:
+def server_ahead(model_type: str) -> Iterator[None]:
     """A server for a Ray on this machine, that imports while Ray starts; ends with the block.
 
-    Yields:
-        what that Ray is to take for Python (`taken_for_python`); None where that cannot be, and an
-        environment must do (`job_environment`).
+    Clients find it by the environment, which that Ray has from this process.
     """
     import subprocess
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="tst-ray-", ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="tst-ray-", ignore_cleanup_errors=True) as folder,
+        _variable(_MODEL_TYPE, model_type),
+    ):
         address = os.path.join(folder, "fork-server")
         try:
             with forkclient.listen(address) as listener:
                 server = subprocess.Popen(
                     forkclient.server_command(listener, parent=os.getpid()),
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, _MODEL_TYPE: model_type},
                     pass_fds=[listener.fileno()],
                     start_new_session=True,  # Ctrl-C is for the driver
                 )
         except OSError as error:  # a path too long for a socket, say: the first client will do
             print(f"no fork server ahead: {error}", file=sys.stderr)
-            yield None
+            yield
             return
         try:
-            variables = {forkclient.ADDRESS: address, _MODEL_TYPE: model_type}
-            with _variables(variables), _kept(folder):
-                yield _interpreter(os.path.join(folder, "python"))
+            with _variable(forkclient.ADDRESS, address):
+                yield
         finally:
             _end_descendants(server.pid)
             server.kill()
@@ -141,82 +140,16 @@ def server_ahead(model_type: str) -> Iterator[str | None]:
 
 
 @contextlib.contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables, while the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, while the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _kept(folder: str) -> Iterator[None]:
-    """Have a temporary folder outlive ten days in which nobody needs it: systemd-tmpfiles leaves
-    what is locked (systemd.io/TEMPORARY_DIRECTORIES)."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a filesystem without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _interpreter(path: str) -> str | None:
-    """Write a program that is Python, but for Ray's workers the client.
-
-    Returns:
-        its path; None where it does not run, as on a filesystem without programs (noexec).
-    """
-    import shlex
-    import subprocess
-
-    python, client = map(shlex.quote, (sys.executable, os.path.abspath(forkclient.__file__)))
-    try:
-        with open(path, "w") as file:
-            file.write(
-                "#!/bin/sh\n"
-                'case "$1:$2" in\n'
-                "*/setup_worker.py:* | */default_worker.py:* | -s:*/default_worker.py)\n"
-                f'  exec {python} -S -E {client} "$@" ;;\n'
-                f'*) exec {python} "$@" ;;\n'
-                "esac\n"
-            )
-        os.chmod(path, 0o700)
-        subprocess.run([path, "-S", "-E", "-c", ""], check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"Ray cannot have its workers forked at once: {error}", file=sys.stderr)
-        return None
-    return path
-
-
-@contextlib.contextmanager
-def taken_for_python(interpreter: str) -> Iterator[None]:
-    """While the block starts a Ray here: that has its processes run by another program.
-
-    Ray 2.60 has no setting for it, and takes `sys.executable`; for others in this process, that
-    stays what it is.
-    """
-    from ray._private import services
-
-    class Sys:
-        executable = interpreter
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(sys, name)
-
-    services.sys = Sys()  # type: ignore[attr-defined,unused-ignore]
-    try:
-        yield
-    finally:
-        services.sys = sys  # type: ignore[attr-defined,unused-ignore]
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _end_descendants(ancestor: int) -> None:
@@ -358,21 +291,29 @@ def _import(names: Iterable[str]) -> None:
 def _why_not_fork() -> str | None:
     """What makes children of this process unsafe, if anything does.
 
-    It forks; OpenBLAS ends its threads then.
+    It forks; OpenBLAS ends its threads then, which are listed for a moment longer.
     """
     if os.fork() == 0:
         os._exit(0)
-    threads = []
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as comm:
-            threads.append(comm.read().strip())
-    if len(others := [name for name in threads if name not in _HARMLESS_THREADS]) > 1:
-        return f"not forked, since it has threads: {', '.join(others)}"
+    deadline = time.monotonic() + _LOOK_S
+    while len(threads := _threads()) > 1:
+        if time.monotonic() > deadline:
+            return f"not forked, since it has threads: {', '.join(threads)}"
+        time.sleep(0.001)
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
             if (path := os.readlink(f"/proc/self/fd/{entry}")).startswith("/dev/nvidia"):
                 return f"not forked, since {path} is open"
     return None
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads, but for those that are no matter in a fork."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read().strip())
+    return [name for name in names if name not in _HARMLESS_THREADS]
 
 
 def _why_alike() -> str | None:

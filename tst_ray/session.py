@@ -7,6 +7,7 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import socket
@@ -18,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tst_ray import forkserver
+from tst_ray import forkclient, forkserver
 from tst_ray.config import Config
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import ConfigError, RunError
@@ -132,19 +133,18 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, str(value))
     with contextlib.ExitStack() as stack:
-        options = _local_options(config, plan) if is_local else {}
-        python: str | None = None
+        kind = str(config.model.config.get("model_type", ""))
+        if is_local:
+            if _forks(config):
+                stack.enter_context(forkserver.server_ahead(kind))
+            yield stack.enter_context(_started(config, plan))
+            return
+        options: dict[str, Any] = {}
         if _forks(config):
-            kind = str(config.model.config.get("model_type", ""))
-            if is_local:
-                python = stack.enter_context(forkserver.server_ahead(kind))
-            if python is None:
-                variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
-                submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-                options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
-        if not is_local:
-            _check_address(os.environ["RAY_ADDRESS"])
-        yield stack.enter_context(_connected(is_local, options, python))
+            variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
+            submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+            options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
+        yield stack.enter_context(_joined(os.environ["RAY_ADDRESS"], options))
 
 
 def _forks(config: Config) -> bool:
@@ -178,16 +178,50 @@ def _local_options(config: Config, plan: Plan | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _connected(is_local: bool, options: dict[str, Any], python: str | None) -> Iterator[Session]:
+def _started(config: Config, plan: Plan | None) -> Iterator[Session]:
+    """A Ray on this machine, with what a run needs of it.
+
+    For three things ray.init of 2.60 has no option. An autoscaler would have nothing to do. Of the
+    dashboard, switched off, there is a process left that nobody uses, and which is waited for, 2 s
+    on two cores. And what runs before each worker is the fork server's client.
+    """
+    from unittest import mock
+
+    import ray
+    from ray._private import parameter, services
+
+    lean: dict[str, Any] = {"no_monitor": True}
+    if _forks(config):
+        lean["setup_worker_path"] = os.path.abspath(forkclient.__file__)
+    parameters = functools.partial(parameter.RayParams, **lean)
+    with (
+        mock.patch.object(parameter, "RayParams", parameters),
+        mock.patch.object(services, "start_api_server", lambda *args, **options: (None, None)),
+    ):
+        context = ray.init(**_local_options(config, plan))
+    with _until_shutdown(context, is_local=True) as session:
+        yield session
+
+
+@contextlib.contextmanager
+def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
+    """The cluster at an address. Raises RunError where there is none."""
+    _check_address(address)
     import ray
 
     try:
-        with forkserver.taken_for_python(python or sys.executable):
-            context = ray.init(**options)
+        context = ray.init(**options)
     except (ConnectionError, ValueError) as error:  # the second: what is no address at all
-        if is_local:
-            raise
-        raise _no_cluster(os.environ["RAY_ADDRESS"]) from error
+        raise _no_cluster(address) from error
+    with _until_shutdown(context, is_local=False) as session:
+        yield session
+
+
+@contextlib.contextmanager
+def _until_shutdown(context: Any, is_local: bool) -> Iterator[Session]:
+    """The session of a connected Ray, which ends with the block."""
+    import ray
+
     try:
         info = context.address_info
         yield Session(is_local, info["gcs_address"], os.path.join(info["session_dir"], "logs"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tst_ray.config import load_config
-from tst_ray.coordinator import _begin, check_model, memory_problem
+from tst_ray.coordinator import Coordinator, _begin, check_model, memory_problem
 from tst_ray.elastic import Node
 from tst_ray.errors import RunError
 from tst_ray.plan import ModelShape, build_plan
+from tst_ray.storage import Storage
 
 GIB = 2.0**30
 
@@ -75,3 +78,88 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
         assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
     with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
         wait()
+
+
+# -- what the nodes of a cluster must see ----------------------------------------------------------
+
+
+class Blind:
+    """Stands in for what looked at the nodes: one of them sees nothing."""
+
+    def __init__(self) -> None:
+        self.required: list[str] = []
+
+    def require(self, path: str) -> None:
+        self.required.append(path)
+
+    def settle(self) -> None:
+        pass
+
+    def unseen(self) -> frozenset[str]:
+        return frozenset({"blind"})
+
+    def problems(self) -> dict[str, str]:
+        return {"blind": f"node 10.0.0.7 does not see {self.required[-1]}"}
+
+
+def coordinator_on(place: Path, *options: str, cluster: bool = True) -> tuple[Coordinator, Storage]:
+    config = load_config(None, ["--run.name=a", f"--run.storage={place}/runs", *options])
+    coordinator = Coordinator(config, SimpleNamespace(say=lambda text: None))
+    coordinator.sight, coordinator.on_cluster = Blind(), cluster  # type: ignore[assignment]
+    return coordinator, Storage(config.run.storage) / config.run.name
+
+
+@pytest.mark.parametrize(
+    ("options", "shards", "setting"),
+    [
+        ([], "{place}/runs/shards/one", None),
+        (["--data.cache={place}/cache"], "{place}/cache/one", "data.cache"),
+        (["--data.prepared={place}/p"], "{place}/p", "data.prepared"),
+        (["--data.prepared=s3://bucket/p"], "memory://bucket/p", None),
+    ],
+)
+def test_nodes_must_see_shards_that_lie_elsewhere_than_the_run(
+    tmp_path: Path, options: list[str], shards: str, setting: str | None
+) -> None:
+    options = [option.format(place=tmp_path) for option in options]
+    manifest: Any = SimpleNamespace(folder=shards.format(place=tmp_path))
+    coordinator, run = coordinator_on(tmp_path, *options)
+    if setting is None:
+        coordinator._require_shards(run, manifest)
+        assert coordinator.sight.required == []  # type: ignore[attr-defined]
+        return
+    with pytest.raises(RunError, match=f"^{setting}: node 10.0.0.7 does not see .*manifest.json; "):
+        coordinator._require_shards(run, manifest)
+    coordinator, _ = coordinator_on(tmp_path, *options, cluster=False)
+    coordinator._require_shards(run, manifest)
+    assert coordinator.sight.required == []  # type: ignore[attr-defined]
+
+
+def test_a_run_that_has_begun_goes_on_without_a_node_that_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tst_ray.coordinator.newest_step", lambda run: 100)
+    coordinator, run = coordinator_on(tmp_path)
+    coordinator._require(run, "run.storage", run.at("config.yaml"))
+    assert coordinator.sight.required == [f"{tmp_path}/runs/a/config.yaml"]  # type: ignore[attr-defined]
+
+
+def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: ModelShape
+) -> None:
+    coordinator, run = coordinator_on(tmp_path)
+    asked: list[tuple[str, frozenset[str]]] = []
+
+    def call(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
+        asked.append((function.__name__, away))
+        return ((), shape) if function is check_model else (coordinator.plan.total_steps, [])
+
+    monkeypatch.setattr("tst_ray.coordinator._call", call)
+    for name in ("build_order", "build_feeds", "newest_step"):
+        monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
+    monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
+    for name in ("_corpus_of", "_require_shards", "_charge", "_record_plan", "_train", "_finish"):
+        monkeypatch.setattr(coordinator, name, lambda *args, **options: None)
+    coordinator._drive(run, "ray", lambda: ((), shape))
+    blind = frozenset({"blind"})
+    assert asked == [("check_model", blind), ("export_model", blind)]

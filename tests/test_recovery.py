@@ -301,7 +301,7 @@ def test_a_node_that_does_not_see_what_the_run_needs_takes_no_part(
         unseen = place.folder / "prepared elsewhere"
         (prepared,) = (place.folder / "runs" / "shards").glob("*/manifest.json")
         shutil.copytree(prepared.parent, unseen)
-        changes = {"data__sources": "[]", "data__prepared": unseen}
+        changes = {"data__prepared": unseen}
     run = place.start(f"blind-to-{setting}", **changes)
     run.reach(15)
     place.cluster.remove_node(place.cluster.node_ids()[0])

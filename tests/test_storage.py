@@ -6,6 +6,7 @@ import errno
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -195,6 +196,25 @@ def test_of_two_who_add_to_a_log_in_the_same_moment_neither_is_lost(
         assert sorted(r["n"] for r in storage.tail_records("log.jsonl", 1 << 20)) == expected
         storage.fold("log.jsonl")
     assert storage.read("log.jsonl").count(b"\n") == len(expected)
+    assert (storage / "log.jsonl.d").names() == []
+
+
+def test_who_is_killed_while_a_log_is_folded_tells_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = Storage("memory://killed-while-folding")
+    for n in range(3):
+        storage.add("log.jsonl", f'{{"n": {n}}}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(storage._fs, "rm", Mock(side_effect=PermissionError))  # as good as killed
+        with pytest.raises(PermissionError):
+            storage.fold("log.jsonl")
+    storage.add("log.jsonl", '{"n": 3}\n')
+    assert len((storage / "log.jsonl.d").names()) == 4
+    for _ in range(2):
+        assert [r["n"] for r in storage.read_lines("log.jsonl")] == [0, 1, 2, 3]
+        assert [r["n"] for r in storage.tail_records("log.jsonl", 1 << 20)] == [0, 1, 2, 3]
+        storage.fold("log.jsonl")
     assert (storage / "log.jsonl.d").names() == []
 
 

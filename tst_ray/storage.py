@@ -166,11 +166,12 @@ class Storage:
     def fold(self, name: str) -> None:
         """Make one file of a log and what was added beside it; one process at a time.
 
-        Killed in the middle of it, lines may stand twice; none is lost.
+        Killed in the middle of it, it leaves no line out, and the next one adds none again.
         """
         beside = self._beside(name)
         if beside:
-            self.append(name, "".join(text for _, text in beside))
+            if new := "".join(_not_in(self._text(name), beside)):
+                self.append(name, new)
             folder = self / f"{name}.d"
             self._ask(self._fs.rm, [folder.at(part) for part, _ in beside])
 
@@ -184,6 +185,13 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):  # folded just now
                 found.append((part, folder.read(part).decode()))
         return found
+
+    def _text(self, name: str) -> str:
+        """A file's text; empty where it is missing."""
+        try:
+            return self.read(name).decode()
+        except FileNotFoundError:
+            return ""
 
     def make(self) -> None:
         """Make this folder and those above it."""
@@ -212,22 +220,17 @@ class Storage:
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a .jsonl file; a torn line (its writer was killed) is left out."""
-        try:
-            text = self.read(name).decode()
-        except FileNotFoundError:
-            text = ""
-        lines = text.splitlines()
-        for _, more in self._beside(name):
-            lines += more.splitlines()
-        return _records(lines)
+        beside = self._beside(name)  # first: what is folded in this moment is then in the log
+        text = self._text(name)
+        return _records("".join([text, "\n", *_not_in(text, beside)]).splitlines())
 
     def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
         """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
+        beside = self._beside(name)
         _, lines = self.tail_lines(name, num_bytes)
         whole = [line.decode(errors="replace") for line in lines if line.endswith(b"\n")]
-        for _, more in self._beside(name):
-            whole += more.splitlines()
-        return _records(whole)
+        text = "".join(whole)
+        return _records("".join([text, *_not_in(text, beside)]).splitlines())
 
     def tail_lines(self, name: str, num_bytes: int) -> tuple[int, list[bytes]]:
         """The lines that start within the last bytes of a file, and where the first of them does.
@@ -324,6 +327,11 @@ def patiently(
             log.warning("trying again in %.1f s: %s", pause_s, error)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _not_in(log: str, beside: list[tuple[str, str]]) -> list[str]:
+    """Of the files beside a log, the lines of those that are not in it yet."""
+    return [lines for _, lines in beside if lines not in log]
 
 
 def _records(lines: list[str]) -> list[dict[str, Any]]:

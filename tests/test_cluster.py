@@ -280,7 +280,7 @@ import sys, ray
 from tst_ray.sight import Sight
 ray.init(log_to_driver=False)
 for path in sys.argv[1:]:
-    sight = Sight(path)
+    sight = Sight({path: "run.storage"})
     sight.settle()
     print(len(sight.unseen()), *sight.problems().values())
 """
@@ -299,7 +299,7 @@ def test_storage_that_a_node_does_not_see_is_told(cluster: LocalCluster, tmp_pat
     assert done.returncode == 0, done.stderr
     seen, unseen = done.stdout.splitlines()
     assert seen == "0"
-    assert re.fullmatch(r"1 node \S+ does not see /nowhere/lock", unseen)
+    assert re.fullmatch(r"1 node \S+ does not see /nowhere/lock \(run.storage\)", unseen)
 
 
 @pytest.mark.slow

@@ -80,17 +80,8 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
         wait()
 
 
-# -- what the nodes of a cluster must see ----------------------------------------------------------
-
-
 class Blind:
     """Stands in for what looked at the nodes: one of them sees nothing."""
-
-    def __init__(self) -> None:
-        self.required: list[str] = []
-
-    def require(self, path: str) -> None:
-        self.required.append(path)
 
     def settle(self) -> None:
         pass
@@ -99,67 +90,46 @@ class Blind:
         return frozenset({"blind"})
 
     def problems(self) -> dict[str, str]:
-        return {"blind": f"node 10.0.0.7 does not see {self.required[-1]}"}
+        return {"blind": "node 10.0.0.7 does not see /runs/a/config.yaml (run.storage)"}
 
 
-def coordinator_on(place: Path, *options: str, cluster: bool = True) -> tuple[Coordinator, Storage]:
-    config = load_config(None, ["--run.name=a", f"--run.storage={place}/runs", *options])
-    coordinator = Coordinator(config, SimpleNamespace(say=lambda text: None))
-    coordinator.sight, coordinator.on_cluster = Blind(), cluster  # type: ignore[assignment]
-    return coordinator, Storage(config.run.storage) / config.run.name
-
-
-@pytest.mark.parametrize(
-    ("options", "shards", "setting"),
-    [
-        ([], "{place}/runs/shards/one", None),
-        (["--data.cache={place}/cache"], "{place}/cache/one", "data.cache"),
-        (["--data.prepared={place}/p"], "{place}/p", "data.prepared"),
-        (["--data.prepared=s3://bucket/p"], "memory://bucket/p", None),
-    ],
-)
-def test_nodes_must_see_shards_that_lie_elsewhere_than_the_run(
-    tmp_path: Path, options: list[str], shards: str, setting: str | None
-) -> None:
-    options = [option.format(place=tmp_path) for option in options]
-    manifest: Any = SimpleNamespace(folder=shards.format(place=tmp_path))
-    coordinator, run = coordinator_on(tmp_path, *options)
-    if setting is None:
-        coordinator._require_shards(run, manifest)
-        assert coordinator.sight.required == []  # type: ignore[attr-defined]
-        return
-    with pytest.raises(RunError, match=f"^{setting}: node 10.0.0.7 does not see .*manifest.json; "):
-        coordinator._require_shards(run, manifest)
-    coordinator, _ = coordinator_on(tmp_path, *options, cluster=False)
-    coordinator._require_shards(run, manifest)
-    assert coordinator.sight.required == []  # type: ignore[attr-defined]
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+    """One on a cluster of which a node sees nothing."""
+    monkeypatch.setattr("tst_ray.coordinator.Sight", lambda needed=None: Blind())
+    for name in ("check_capacity", "unused_gpus", "needed_everywhere"):
+        monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
+    return Coordinator(load_config(None), SimpleNamespace(say=lambda text: None))
 
 
 def test_a_run_that_has_begun_goes_on_without_a_node_that_does_not_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blind: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    run = Storage(str(tmp_path))
+    monkeypatch.setattr("tst_ray.coordinator.newest_step", lambda run: 0)
+    with pytest.raises(
+        RunError, match=r"^node 10.0.0.7 .* \(run.storage\); give a folder that all"
+    ):
+        blind._check_cluster(run, is_local=False)
     monkeypatch.setattr("tst_ray.coordinator.newest_step", lambda run: 100)
-    coordinator, run = coordinator_on(tmp_path)
-    coordinator._require(run, "run.storage", run.at("config.yaml"))
-    assert coordinator.sight.required == [f"{tmp_path}/runs/a/config.yaml"]  # type: ignore[attr-defined]
+    blind._check_cluster(run, is_local=False)
 
 
 def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: ModelShape
+    blind: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: ModelShape
 ) -> None:
-    coordinator, run = coordinator_on(tmp_path)
     asked: list[tuple[str, frozenset[str]]] = []
 
-    def call(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
+    def begin(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
         asked.append((function.__name__, away))
-        return ((), shape) if function is check_model else (coordinator.plan.total_steps, [])
+        return lambda: ((), shape) if function is check_model else (blind.plan.total_steps, [])
 
-    monkeypatch.setattr("tst_ray.coordinator._call", call)
+    monkeypatch.setattr("tst_ray.coordinator._begin", begin)
     for name in ("build_order", "build_feeds", "newest_step"):
         monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
-    for name in ("_corpus_of", "_require_shards", "_charge", "_record_plan", "_train", "_finish"):
-        monkeypatch.setattr(coordinator, name, lambda *args, **options: None)
-    coordinator._drive(run, "ray", lambda: ((), shape))
-    blind = frozenset({"blind"})
-    assert asked == [("check_model", blind), ("export_model", blind)]
+    for name in ("_corpus_of", "_charge", "_record_plan", "_train", "_finish"):
+        monkeypatch.setattr(blind, name, lambda *args, **options: None)
+    blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray"))
+    names = ["check_model", "check_model", "export_model"]
+    assert asked == [(name, frozenset({"blind"})) for name in names]

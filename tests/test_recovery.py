@@ -311,10 +311,9 @@ def test_a_node_that_does_not_see_what_the_run_needs_takes_no_part(
     wait_until(lambda: bool(run.events("unseen")), "the run to say what the node does not see")
     (told,) = run.events("unseen")
     assert told["node"] == blind
-    assert re.fullmatch(rf"node \S+ does not see {unseen}/{file}", told["why"])
+    assert re.fullmatch(rf"node \S+ does not see {unseen}/{file} \({setting}\)", told["why"])
     refused = place.start(f"refused-{setting}", **changes).finish(status=1)
-    assert f"{setting}: node" in refused
-    assert "give a folder or a URL that all nodes share" in refused
+    assert f"({setting}); give a folder that all nodes share" in refused
     place.cluster.add_node(1, SPOT)
     run.finish()
     assert_nothing_lost(run, whole)

@@ -15,6 +15,7 @@ from tst_ray.elastic import Node
 from tst_ray.sight import Sight
 from tst_ray.timeouts import LOOK_S
 
+NEEDED = {"/runs/a/config.yaml": "run.storage", "/shards/manifest.json": "data.prepared"}
 BLIND = (False, "node 10.0.0.7 does not see it")
 
 
@@ -40,9 +41,9 @@ class Looks:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self._sleep)
 
-    def _begin(self, node: str, paths: tuple[str, ...]) -> str:
+    def _begin(self, node: str, paths: list[str]) -> str:
+        assert paths == list(NEEDED)
         self.begun.append(node)
-        self.looked_for = paths
         return node
 
     def _sleep(self, seconds: float) -> None:
@@ -55,7 +56,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
 
 
 def test_a_node_is_used_once_it_was_seen_to_see(looks: Looks) -> None:
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     sight.look()
     assert (sight.unseen(), looks.begun) == ({"a"}, ["a"])
     assert sight.where() == {"ray.io/node-id": "in(own)"}
@@ -72,7 +73,7 @@ def test_a_node_is_used_once_it_was_seen_to_see(looks: Looks) -> None:
 
 
 def test_a_node_that_does_not_see_is_told_and_asked_again(looks: Looks) -> None:
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     looks.answers["a"] = BLIND
     sight.settle()
     assert (sight.unseen(), sight.problems()) == ({"a"}, {"a": BLIND[1]})
@@ -88,7 +89,7 @@ def test_a_node_that_does_not_see_is_told_and_asked_again(looks: Looks) -> None:
 
 def test_a_blind_node_is_left_alone_for_longer_and_longer(looks: Looks) -> None:
     """A look makes it busy: an autoscaler takes away only what is idle for some minutes."""
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     looks.answers["a"] = BLIND
     times = []
     for _ in range(3600):
@@ -102,7 +103,7 @@ def test_a_blind_node_is_left_alone_for_longer_and_longer(looks: Looks) -> None:
 
 
 def test_nodes_that_are_gone_or_have_no_cpus_are_no_matter(looks: Looks) -> None:
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     looks.living["head"] = 0.0
     looks.answers["a"] = BLIND
     sight.settle()
@@ -116,7 +117,7 @@ def test_nodes_that_are_gone_or_have_no_cpus_are_no_matter(looks: Looks) -> None
 
 
 def test_a_node_that_hangs_is_given_up_and_not_waited_for_again(looks: Looks) -> None:
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     sight.settle()
     assert looks.now - 1000 == pytest.approx(LOOK_S, abs=1)
     assert (sight.unseen(), looks.given_up) == ({"a"}, ["a"])
@@ -128,32 +129,15 @@ def test_a_node_that_hangs_is_given_up_and_not_waited_for_again(looks: Looks) ->
 
 
 def test_who_has_enough_nodes_does_not_wait_for_more(looks: Looks) -> None:
-    sight = Sight("/runs/a/config.yaml")
+    sight = Sight(NEEDED)
     sight.settle(lambda: sight.where() == {"ray.io/node-id": "in(own)"})
     assert looks.now == 1000
 
 
-def test_what_is_needed_later_is_looked_for_on_all_nodes_anew(looks: Looks) -> None:
-    """The shards, once it is known where they lie; a look that is under way is of no use."""
-    sight = Sight()
-    sight.require("/runs/a/config.yaml")
-    looks.answers["a"] = (True, None)
-    sight.settle()
-    looks.living["b"] = 1.0
-    sight.look()
-    sight.require("/shards/manifest.json")
-    assert looks.given_up == ["b"]
-    looks.answers["a"] = BLIND
-    looks.answers["b"] = (True, None)
-    sight.settle()
-    assert looks.looked_for == ("/runs/a/config.yaml", "/shards/manifest.json")
-    assert (sight.unseen(), sight.problems()) == ({"a"}, {"a": BLIND[1]})
-
-
 def test_a_look_says_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "here").touch()
-    asked = (str(tmp_path / "here"), str(tmp_path / "not"), str(tmp_path / "nor"))
-    assert sight_module.missing(asked) == list(asked[1:])
+    asked = [str(tmp_path / name) for name in ("here", "not", "nor")]
+    assert sight_module.missing(asked) == asked[1:]
 
 
 def test_where_all_see_nobody_looks(looks: Looks) -> None:
@@ -166,7 +150,10 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
     ("outcome", "told"),
     [
         ([], (True, None)),
-        (["/runs/a/config.yaml"], (False, "node 10.0.0.7 does not see /runs/a/config.yaml")),
+        (
+            ["/shards/manifest.json"],
+            (False, "node 10.0.0.7 does not see /shards/manifest.json (data.prepared)"),
+        ),
         (
             RayTaskError(
                 "missing", "Traceback\nModuleNotFoundError: No module named 'tst_ray'", None
@@ -191,4 +178,4 @@ def test_what_is_wrong_is_told_with_the_node(
 
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr(sight_module, "address_of", lambda node: "10.0.0.7")
-    assert sight_module._answer(None, "a") == told
+    assert sight_module._answer(None, "a", NEEDED) == told

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib
-import os
 import threading
 import time
 import uuid
@@ -37,7 +36,7 @@ from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_bytes
-from tst_ray.runstore import CONFIG, MANIFEST, PLAN, open_run, read_events
+from tst_ray.runstore import MANIFEST, PLAN, needed_everywhere, open_run, read_events
 from tst_ray.session import (
     ask_autoscaler,
     away_from,
@@ -115,7 +114,6 @@ class Coordinator:
         self.log_path: str | None = None
         self.vaults: Any = None  # the memory of the cluster, where checkpoints are kept too
         self.sight = Sight()  # which nodes see what the run needs
-        self.on_cluster = False
 
     def run(self) -> Outcome:
         """Train to the end.
@@ -168,47 +166,32 @@ class Coordinator:
             with ray_session(self.config, self.plan) as session:
                 _import_beside("ray.train.torch")
                 update_state(run, ray_address=session.address)
-                self.on_cluster = not session.is_local
                 try:
-                    check = self._begin_check("ray")  # here, while others look at their nodes
-                    self._check_cluster(run)
+                    self._check_cluster(run, is_local=session.is_local)
+                    check = self._begin_check("ray")
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray", check)
                 finally:
                     ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
-    def _check_cluster(self, run: Storage) -> None:
-        """Refuse a cluster that the run could not use, and say what it leaves unused."""
-        check_capacity(self.config, self.plan, newest_step(run), self.say)
-        if run.is_local:
-            self._require(run, "run.storage", run.at(CONFIG))
-        if self.config.model.pretrained and os.path.isdir(source := str(self.config.model.source)):
-            self._require(run, "model.source", source)
+    def _check_cluster(self, run: Storage, is_local: bool) -> None:
+        """Refuse a cluster that the run could not use, and say what it leaves unused.
+
+        A new run is refused on nodes that do not see what it needs: its text is prepared on all.
+        One that has begun goes on without them.
+        """
+        step = newest_step(run)
+        check_capacity(self.config, self.plan, step, self.say)
+        if not is_local:
+            self.sight = Sight(needed_everywhere(run, self.config))
+            self.sight.settle()
+        if not step and (problems := self.sight.problems()):
+            raise RunError(
+                f"{next(iter(problems.values()))}; give a folder that all nodes share, and install "
+                "this package on every node"
+            )
         if gpus := unused_gpus(self.config):
             self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
-
-    def _require_shards(self, run: Storage, manifest: Manifest) -> None:
-        """Use the nodes alone that see the shards too, where these are not beside the run."""
-        shards, beside = Storage(manifest.folder), Storage(self.config.run.storage)
-        if shards.is_local and not shards.url.startswith(f"{beside.url}/"):
-            setting = "data.prepared" if self.config.data.prepared else "data.cache"
-            self._require(run, setting, shards.at(MANIFEST))
-
-    def _require(self, run: Storage, setting: str, path: str) -> None:
-        """Use the nodes of a cluster alone that see a file.
-
-        A new run is refused where some do not: all may read, and train. One that has begun goes on
-        without them.
-        """
-        if not self.on_cluster:
-            return
-        self.sight.require(path)
-        self.sight.settle()
-        if not newest_step(run) and (problems := self.sight.problems()):
-            raise RunError(
-                f"{setting}: {next(iter(problems.values()))}; give a folder or a URL that all "
-                "nodes share, and install this package on every node"
-            )
 
     @contextlib.contextmanager
     def _memory_of_the_cluster(self) -> Iterator[None]:
@@ -231,14 +214,13 @@ class Coordinator:
         return self.sight.unseen()
 
     def _begin_check(self, backend: str) -> Callable[[], Any]:
-        return _begin(backend, check_model, self.config, self.plan, None)
+        return _begin(backend, check_model, self.config, self.plan, None, away=self._away())
 
     def _drive(self, run: Storage, backend: str, check: Callable[[], Any]) -> Outcome:
         remarks, _ = check()
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        self._require_shards(run, manifest)
         _, shape = _call(backend, check_model, self.config, self.plan, manifest, away=self._away())
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))

@@ -76,8 +76,13 @@ def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any]
         "row_tokens": data.row_tokens,
         "undecodable": data.undecodable,
     }
-    cache = absolute(data.cache) if data.cache else f"{Storage(config.run.storage).url}/shards"
-    return sources, settings, prepared_folder(cache, sources, **settings)
+    return sources, settings, prepared_folder(cache_folder(config), sources, **settings)
+
+
+def cache_folder(config: Config) -> str:
+    """The folder or URL where shards are kept, a folder for each text."""
+    cache = config.data.cache
+    return absolute(cache) if cache else f"{Storage(config.run.storage).url}/shards"
 
 
 def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:

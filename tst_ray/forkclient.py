@@ -33,14 +33,18 @@ _ANSWER_S = 30.0  # a raylet gives up on a process after 60
 
 def start(arguments: list[str]) -> None:
     """Have the server fork a process that runs `arguments`; where that fails, become it."""
-    try:
-        _ask(_prepared(arguments))
-    except Exception as error:
-        print(f"not forked: {error!r}", file=sys.stderr, flush=True)
-        if _LANGUAGE in arguments:  # this was run in place of setup_worker.py
-            worker = next(argument for argument in arguments if not argument.startswith("-"))
-            arguments = [os.path.join(os.path.dirname(worker), _SET_UP), *arguments]
-        os.execv(sys.executable, [sys.executable, *arguments])
+    # One that moves objects is for no job, and would have a server of its own.
+    if not any(argument.startswith(_WORKER_TYPE) for argument in arguments):
+        try:
+            return _ask(_prepared(arguments))
+        except Exception as error:
+            print(f"not forked: {error!r}", file=sys.stderr, flush=True)
+    if any(argument.startswith(_CONTEXT) for argument in arguments):
+        worker = next(argument for argument in arguments if not argument.startswith("-"))
+        arguments = [os.path.join(os.path.dirname(worker), _SET_UP), *arguments]
+    else:
+        arguments = [argument for argument in arguments if argument != _LANGUAGE]
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _prepared(arguments: list[str]) -> list[str]:
@@ -52,12 +56,10 @@ def _prepared(arguments: list[str]) -> list[str]:
     for context in (a for a in arguments if a.startswith(_CONTEXT)):
         _set_up(json.loads(context.removeprefix(_CONTEXT)))
     arguments = [a for a in arguments if a != _LANGUAGE and not a.startswith(_CONTEXT)]
-    if arguments[0] == "-s" and "PYTHONNOUSERSITE" in os.environ:  # the server has it from there
+    if arguments[0] == "-s" and os.environ.get("PYTHONNOUSERSITE"):  # the server has it from there
         arguments = arguments[1:]
     if arguments[0].startswith("-"):
         raise ValueError(f"Python with {arguments[0]}")
-    if any(argument.startswith(_WORKER_TYPE) for argument in arguments):
-        raise ValueError("it moves objects, for no job")  # and would have a server of its own
     return arguments
 
 

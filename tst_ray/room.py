@@ -51,7 +51,7 @@ class Room:
     Args:
         config: the run's.
         least, most: how many workers the stage may have.
-        sight: which nodes see the run.
+        sight: which nodes see what the run needs.
 
     Attributes:
         lacked_for: how many workers were last not given a place; None where none ever.

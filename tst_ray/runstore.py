@@ -25,12 +25,14 @@ from typing import Any, TextIO
 import yaml
 
 from tst_ray.config import Config, diff
+from tst_ray.corpus import cache_folder
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.metrics import EVENTS
 from tst_ray.storage import Storage, patiently
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
 LOCK = "driver.lock"
+_SEEN = ".seen"  # stands for shards that are still to come
 _LEASE_S = 60.0  # a driver on remote storage that has not renewed for so long is taken for dead
 _RENEW_S = 15.0
 _SETTLE_S = 1.0
@@ -209,3 +211,34 @@ def _renew(run: Storage, mine: dict[str, Any], stop: threading.Event) -> None:
             run.write_json(LOCK, {**mine, "renewed": time.time()})
         except Exception as error:
             log.warning("%s: the lease could not be renewed yet: %s", run.url, error)
+
+
+# -- what a run needs on every node ---------------------------------------------------------------
+
+
+def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
+    """Files on disks that all nodes must see, and the setting that says where each is.
+
+    One in each folder: that of the run, that of the shards where it is not below `run.storage`, and
+    the model's. What is remote is there for all.
+    """
+    needed = {run.at(CONFIG): "run.storage"} if run.is_local else {}
+    if config.model.source is not None and os.path.isdir(config.model.source):
+        needed[config.model.source] = "model.source"
+    begun_with = (run.read_json(PLAN) or {}).get("shards")
+    shards = Storage(begun_with or config.data.prepared or cache_folder(config))
+    if shards.is_local and not _is_below(shards.path, Storage(config.run.storage)):
+        if shards.exists(MANIFEST):
+            needed[shards.at(MANIFEST)] = "data.prepared" if config.data.prepared else "data.cache"
+        elif not begun_with and not config.data.prepared:
+            shards.write(_SEEN, "")
+            needed[shards.at(_SEEN)] = "data.cache"
+    return needed
+
+
+def _is_below(path: str, storage: Storage) -> bool:
+    """Whether a folder is there wherever storage is: below it, and on the same filesystem."""
+    real, above = os.path.realpath(path), os.path.realpath(storage.path)
+    if not storage.is_local or not real.startswith(f"{above}/"):
+        return False
+    return not os.path.exists(real) or os.stat(real).st_dev == os.stat(above).st_dev

@@ -181,23 +181,22 @@ def _local_options(config: Config, plan: Plan | None) -> dict[str, Any]:
 def _started(config: Config, plan: Plan | None) -> Iterator[Session]:
     """A Ray on this machine, with what a run needs of it.
 
-    For three things ray.init of 2.60 has no option. An autoscaler would have nothing to do. Of the
-    dashboard, switched off, there is a process left that nobody uses, and which is waited for, 2 s
-    on two cores. And what runs before each worker is the fork server's client.
+    Ray's own parameters say more than ray.init has options for: no autoscaler, which would have
+    nothing to do, and the fork server's client as what runs before each worker.
     """
+    import inspect
     from unittest import mock
 
     import ray
-    from ray._private import parameter, services
+    from ray._private import parameter
 
-    lean: dict[str, Any] = {"no_monitor": True}
+    wanted: dict[str, Any] = {"no_monitor": True}
     if _forks(config):
-        lean["setup_worker_path"] = os.path.abspath(forkclient.__file__)
-    parameters = functools.partial(parameter.RayParams, **lean)
-    with (
-        mock.patch.object(parameter, "RayParams", parameters),
-        mock.patch.object(services, "start_api_server", lambda *args, **options: (None, None)),
-    ):
+        wanted["setup_worker_path"] = os.path.abspath(forkclient.__file__)
+    known = inspect.signature(parameter.RayParams).parameters  # another Ray's may be fewer
+    own = {name: value for name, value in wanted.items() if name in known}
+    parameters = functools.partial(parameter.RayParams, **own)
+    with mock.patch.object(parameter, "RayParams", parameters):
         context = ray.init(**_local_options(config, plan))
     with _until_shutdown(context, is_local=True) as session:
         yield session

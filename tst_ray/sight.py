@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -56,25 +56,19 @@ class Sight:
     """The nodes that see what a run needs, and those that do not, or have not said so yet.
 
     Args:
-        paths: a file in each folder that they must see, on this machine; without any, nobody looks.
+        needed: files that all must see, and the setting that says where each is; without any,
+            nobody looks.
     """
 
-    def __init__(self, *paths: str) -> None:
-        self._paths = paths
+    def __init__(self, needed: Mapping[str, str] | None = None) -> None:
+        self._needed = dict(needed or {})
         self._living: frozenset[str] = frozenset()
         self._looks: dict[str, _Look] = {}
         self._found: dict[str, _Found] = {}
 
-    def require(self, path: str) -> None:
-        """Have nodes see this file too; all are looked at anew."""
-        for look in self._looks.values():
-            _give_up(look.task)
-        self._paths += (path,)
-        self._looks, self._found = {}, {}
-
     def look(self) -> None:
         """Take in what was found, and begin to look where nobody has; waits for nothing."""
-        if not self._paths:
+        if not self._needed:
             return
         now = time.monotonic()
         nodes = (node for node in living_nodes() if node.resources.get("CPU"))
@@ -82,7 +76,9 @@ class Sight:
         self._found[own_node()] = _Found(True, None, now, 0)
         for node, look in list(self._looks.items()):
             if _is_done(look.task):
-                self._found[node] = _Found(*_answer(look.task, node), now, look.number)
+                self._found[node] = _Found(
+                    *_answer(look.task, node, self._needed), now, look.number
+                )
                 del self._looks[node]
             elif now - look.since > LOOK_S:
                 log.warning("node %s does not say what it sees", node)
@@ -93,7 +89,7 @@ class Sight:
             found = self._found.get(node)
             if found is None or (not found.sees and now > found.again_at):
                 number = found.number + 1 if found else 0
-                self._looks[node] = _Look(_begin(node, self._paths), now, number)
+                self._looks[node] = _Look(_begin(node, list(self._needed)), now, number)
 
     @property
     def is_looking(self) -> bool:
@@ -122,12 +118,12 @@ class Sight:
         return only_on(seeing) if seeing else {}
 
 
-def missing(paths: tuple[str, ...]) -> list[str]:
+def missing(paths: list[str]) -> list[str]:
     """Those of the paths at which nothing is where this runs."""
     return [path for path in paths if not os.path.exists(path)]
 
 
-def _begin(node: str, paths: tuple[str, ...]) -> Any:
+def _begin(node: str, paths: list[str]) -> Any:
     """Begin to look on a node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -154,7 +150,7 @@ def _give_up(task: Any) -> None:
     ray.cancel(task, force=True)
 
 
-def _answer(task: Any, node: str) -> tuple[bool, str | None]:
+def _answer(task: Any, node: str, needed: Mapping[str, str]) -> tuple[bool, str | None]:
     """Whether a node sees all, by a look that is done; and what is wrong, where that is known."""
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -163,7 +159,7 @@ def _answer(task: Any, node: str) -> tuple[bool, str | None]:
         paths = ray.get(task)
         if not paths:
             return True, None
-        what = f"does not see {paths[0]}"
+        what = f"does not see {paths[0]} ({needed[paths[0]]})"
     except RayTaskError as error:  # the look itself cannot fail
         what = f"cannot import this package ({str(error).strip().splitlines()[-1][:300]})"
     except RayError as error:  # the node went, or its memory did

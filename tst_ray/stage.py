@@ -93,7 +93,7 @@ class Stage:
         job: what workers are told.
         say: tells the user a line.
         vaults: the memory of the cluster (`memory.Vaults`); None for none.
-        sight: which nodes see the run; None where all do.
+        sight: which nodes see what the run needs; None where all do.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Stage:
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, float] = {}  # world size -> seconds a step
-        self._blind: set[str] = set()  # the nodes that were said not to see the run
+        self._blind: set[str] = set()  # the nodes that were said not to see all
         self.room = Room(config, phases[0].min_workers, phases[0].max_workers, sight or Sight())
         self._trouble = ""  # what the supervisor met last
 
@@ -334,11 +334,11 @@ class Stage:
         return self._interrupts.by is not None or self.room.now() >= self.room.most
 
     def _tell_of_the_blind(self) -> None:
-        """Tell of each node that does not see the run, once until it does."""
+        """Tell of each node that does not see what the run needs, once until it does."""
         problems = self.room.sight.problems()
         for node in problems.keys() - self._blind:
             try_event(self.run, "unseen", node=node, why=problems[node])
-            self.say(f"{problems[node]} (run.storage): going on without it until that is mended")
+            self.say(f"{problems[node]}: going on without it until that is mended")
         self._blind = set(problems)
 
     def _leave_out(self) -> None:

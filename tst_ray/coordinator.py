@@ -162,9 +162,10 @@ class Coordinator:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
         with self.terminal.quiet(self.log_path):
             self.say("starting Ray")
-            _import_beside("torch")  # for the worker groups; it takes as long as Ray to start
             with ray_session(self.config, self.plan) as session:
-                _import_beside("ray.train.torch")
+                # For the worker groups, while the first task is waited for; Ray's start needs the
+                # cores for itself.
+                threading.Thread(target=importlib.import_module, args=("ray.train.torch",)).start()
                 update_state(run, ray_address=session.address)
                 try:
                     self._check_cluster(run, is_local=session.is_local)
@@ -402,11 +403,6 @@ def export_model(run_url: str) -> tuple[int, list[str]]:
 
     step, folder = export_run(Storage(run_url))
     return step, sample_text(folder)
-
-
-def _import_beside(name: str) -> None:
-    """Import what will be needed, while others are waited for."""
-    threading.Thread(target=importlib.import_module, args=(name,)).start()
 
 
 def _fold_events(run: Storage) -> None:

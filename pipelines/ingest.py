@@ -16,6 +16,7 @@ That is how Ray behaves rather than what it promises, so every worker checks eve
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -257,12 +258,13 @@ def ray_dataset(
 
     chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)
+    # Not among the execution options: these would have it in requests to an autoscaler, which no
+    # new node could meet.
+    remote: dict[str, Any] = {"label_selector": dict(where)} if where else {}
+    if "label_selector" not in inspect.signature(ray.data.read_datasource).parameters:
+        remote = {"ray_remote_args": remote}  # an older Ray's
     dataset = ray.data.read_datasource(
-        source,
-        override_num_blocks=len(chunks) * world_size,
-        # Not among the execution options: these would have it in requests to an autoscaler, which
-        # no new node could meet.
-        ray_remote_args={"label_selector": dict(where)} if where else None,
+        source, override_num_blocks=len(chunks) * world_size, **remote
     )
     if feed.bag_size > 1:
         dataset = BaggingPreprocessor(feed.bag_size).transform(dataset)

@@ -279,7 +279,7 @@ def start_as_a_raylet(
 
 
 @pytest.mark.slow
-def test_a_local_ray_forks_all_its_workers_and_has_nothing_that_nobody_uses(
+def test_a_local_ray_forks_its_workers_and_has_no_autoscaler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With an environment of their own, as Ray Train gives its own, and without."""

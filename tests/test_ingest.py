@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,27 @@ def test_reading_keeps_to_the_cpus_and_the_nodes_that_are_there(
     while read.input_dependencies:
         (read,) = read.input_dependencies
     assert read.ray_remote_args["label_selector"] == readers
+
+
+def test_an_older_ray_is_told_who_may_read_in_its_own_way(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `read_datasource` would take a parameter it does not know for the source's."""
+    import ray.data
+
+    told: list[Any] = []
+
+    def read_datasource(
+        source: Any, *, override_num_blocks: int, ray_remote_args: Any = None, **read_args: Any
+    ) -> Any:
+        told.append((ray_remote_args, read_args))
+        return SimpleNamespace(context=SimpleNamespace())
+
+    monkeypatch.setattr(ray.data, "read_datasource", read_datasource)
+    feed = make_feed(manifest, phase=1)
+    ingest.ray_dataset(feed, STEPS, STEPS + 2, 1, {"ray.io/node-id": "in(a)"})
+    ingest.ray_dataset(feed, STEPS, STEPS + 2, 1)
+    assert told == [({"label_selector": {"ray.io/node-id": "in(a)"}}, {}), ({}, {})]
 
 
 @pytest.mark.slow

@@ -208,6 +208,8 @@ def test_shards_elsewhere_must_be_seen_too(tmp_path: Path) -> None:
 def test_a_folder_for_shards_to_come_has_a_file_to_be_seen(tmp_path: Path) -> None:
     seen = {"cache/.seen": "data.cache"}
     assert needed(tmp_path, f"--data.cache={tmp_path}/cache") == RUN | seen
+    (tmp_path / "file").touch()
+    assert needed(tmp_path, f"--data.cache={tmp_path}/file/cache") == RUN, "that is told elsewhere"
     # What only looks as if it were below the storage, too.
     (tmp_path / "runs").mkdir()
     (tmp_path / "disk").mkdir()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tst_ray import session
+from tst_ray import forkclient, session
 from tst_ray.config import Config, load_config
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
@@ -82,6 +84,42 @@ def test_an_address_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, add
     told = pytest.raises(RunError, match=f"RAY_ADDRESS = {address}: give HOST:PORT")
     with told, ray_session(config, build_plan(config)):
         pass
+
+
+@pytest.mark.parametrize("forks", [True, False])
+@pytest.mark.parametrize("lacks", [[], ["setup_worker_path"], ["no_monitor", "setup_worker_path"]])
+def test_a_local_ray_is_told_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, lacks: list[str], forks: bool
+) -> None:
+    """Parameters of Ray's own, which another Ray may have no more."""
+    import ray
+    from ray._private import parameter
+
+    wanted = {"no_monitor": True} | ({"setup_worker_path": forkclient.__file__} if forks else {})
+    known = [name for name in ("no_monitor", "setup_worker_path") if name not in lacks]
+
+    class RayParams:
+        __signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in known]
+        )
+
+        def __init__(self, **given: Any) -> None:
+            told.append(given)
+
+    told: list[dict[str, Any]] = []
+    info = {"gcs_address": "here", "session_dir": "/tmp"}
+
+    def init(**options: Any) -> Any:
+        parameter.RayParams()
+        return SimpleNamespace(address_info=info)
+
+    monkeypatch.setattr(parameter, "RayParams", RayParams)
+    monkeypatch.setattr(ray, "init", init)
+    config = config_of(f"--cluster.fork_server={str(forks).lower()}")
+    with session._started(config, None) as started:
+        assert (started.is_local, started.address) == (True, "here")
+    assert told == [{name: value for name, value in wanted.items() if name in known}]
+    assert parameter.RayParams is RayParams, "for others, it is what it was"
 
 
 # -- room ------------------------------------------------------------------------------------------

@@ -220,7 +220,8 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
     """Files on disks that all nodes must see, and the setting that says where each is.
 
     One in each folder: that of the run, that of the shards where it is not below `run.storage`, and
-    the model's. What is remote is there for all.
+    the model's. What is remote is there for all. For shards that are still to come, the folder is
+    made and gets an empty file; where it cannot be written, those who prepare them say so.
     """
     needed = {run.at(CONFIG): "run.storage"} if run.is_local else {}
     if config.model.source is not None and os.path.isdir(config.model.source):
@@ -231,8 +232,9 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
         if shards.exists(MANIFEST):
             needed[shards.at(MANIFEST)] = "data.prepared" if config.data.prepared else "data.cache"
         elif not begun_with and not config.data.prepared:
-            shards.write(_SEEN, "")
-            needed[shards.at(_SEEN)] = "data.cache"
+            with contextlib.suppress(OSError):
+                shards.write(_SEEN, "")
+                needed[shards.at(_SEEN)] = "data.cache"
     return needed
 
 

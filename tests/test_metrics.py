@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from tst_ray.curves import TENSORBOARD
 from tst_ray.metrics import (
     METRICS,
-    TENSORBOARD,
     MetricsLog,
     add_event,
     drop_after,
@@ -112,6 +114,77 @@ def test_curves_are_thinned_but_evaluations_are_not(run: Storage) -> None:
     assert [step for step, _ in curve(run, "loss/train")] == [5, 7, 10]
     assert curve(run, "loss/validation") == [(7, 3.0)]
     assert len(run.read_lines(METRICS)) == 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_points_that_storage_does_not_take_are_drawn_later(
+    run: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorBoard's own writer has ended then, and its file may end in half a point."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    class ServiceError(Exception):
+        """Not every error of storage is an OSError."""
+
+    write, fails = RecordWriter.write, False
+
+    def write_or_fail(writer: RecordWriter, data: bytes) -> None:
+        if fails:
+            writer._writer.write(data[: len(data) // 2])
+            raise ServiceError("503")
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_or_fail)
+    log = MetricsLog(run, 0, 1, "")
+    for step in range(1, 13):
+        fails = 4 <= step <= 6
+        log.write(record(step, float(step)))
+        log.publish()
+    log.close()
+    assert "503" in caplog.text
+    assert curve(run, "loss/train") == [(step, float(step)) for step in range(1, 13)]
+
+
+def test_the_loop_does_not_wait_for_the_curves(run: Storage) -> None:
+    """They are drawn when they are published, beside it."""
+    log = MetricsLog(run, 0, 1, "")
+    for step in range(1, 201):  # many more than TensorBoard's own queue holds
+        log.write(record(step, 1.0))
+    assert not (run / TENSORBOARD).exists()
+    log.publish()
+    assert len(curve(run, "loss/train")) == 200
+    log.close()
+
+
+def test_on_an_object_store_the_curves_are_put_there_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for every point, it would take a request for each; some cannot append at all."""
+    opened = MemoryFileSystem._open
+
+    def without_appending(fs: MemoryFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        assert mode in ("rb", "wb"), "appends"
+        return opened(fs, path, mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", without_appending)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    far, near = Storage("memory://curves/run"), Storage(str(tmp_path / "near"))
+    for attempt, start in enumerate((0, 4)):
+        log = MetricsLog(far, start, 1, "")
+        for step in range(start + 1, start + 8):
+            log.write(record(step, float(attempt)))
+            if step == start + 3:
+                log.publish()
+        log.close()
+    write_hparams(far, {"seed": 1}, {"val_loss": 2.5}, step=11)
+    names = (far / TENSORBOARD).names()
+    assert len(names) == 3
+    for name in names:
+        (near / TENSORBOARD).write(name, (far / TENSORBOARD).read(name))
+    expected = [(s, 0.0) for s in range(1, 5)] + [(s, 1.0) for s in range(5, 12)]
+    assert curve(near, "loss/train") == expected
+    assert curve(near, "final/val_loss") == [(11, 2.5)]
+    assert not list(tmp_path.glob("tst_ray-curves-*"))
 
 
 def test_the_config_is_readable_in_tensorboard(run: Storage) -> None:

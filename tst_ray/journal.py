@@ -193,7 +193,7 @@ class Journal:
     def _publish(self, state: dict[str, Any] | None) -> None:
         """Beside the loop: make the lines stand, and replace run.json where there is a new one."""
         if self._metrics is not None:
-            self._metrics.try_flush()
+            self._metrics.publish()
         if state is not None:
             self._try_state(state)
 
@@ -270,7 +270,7 @@ class Journal:
     def finish(self, step: int) -> None:
         """Say where the run stands at the end of this attempt."""
         if self._metrics is not None:
-            self._background.run(self._metrics.try_flush)
+            self._background.run(self._metrics.publish)
             self.account.charge("checkpoint_stall", time.time())
             self.write_state(step)
 

@@ -11,14 +11,19 @@ import json
 import logging
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from tst_ray.curves import Curves
 from tst_ray.goodput import PARTS
 from tst_ray.storage import Storage
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 log = logging.getLogger(__name__)
 
-METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 # metrics.jsonl field -> TensorBoard tag. The step axis is the optimizer step throughout.
 TAGS = {
@@ -44,7 +49,9 @@ TAGS = {
 }
 
 _REMOTE_FLUSH_S = 10.0
-_FLUSH_SHARE = 0.02  # an object store's file is written anew each time: the longer, the less often
+_FLUSH_SHARE = (
+    0.02  # an object store's files are written anew each time: the longer, the less often
+)
 _TAIL_BYTES = 1 << 20
 
 
@@ -59,18 +66,13 @@ class MetricsLog:
     """
 
     def __init__(self, run: Storage, step: int, tensorboard_every: int, config_text: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run, self._every = run, tensorboard_every
         self._pending: list[str] = []
-        self._flushed_at, self._flush_s = time.monotonic(), 0.0
-        _wait_for_a_later_name(run / TENSORBOARD)
-        self._board = SummaryWriter(
-            (run / TENSORBOARD).path if run.is_local else (run / TENSORBOARD).url,
-            purge_step=step + 1,
-        )
+        self._published_at, self._publish_s = time.monotonic(), 0.0
+        self._curves = Curves(run, step + 1)
         if step == 0:
-            self._board.add_text("config", f"```yaml\n{config_text}\n```", 1)
+            text = f"```yaml\n{config_text}\n```"
+            self._curves.add(1, lambda board: board.add_text("config", text, 1))
 
     def write(self, record: dict[str, Any], curves: dict[str, Any] | None = None) -> None:
         """Add one step's record, to be flushed, and what is drawn beside it but not logged.
@@ -80,54 +82,56 @@ class MetricsLog:
         """
         self._pending.append(json.dumps(_finite(record)) + "\n")
         if record["step"] % self._every == 0 or "val_loss" in record:
-            self._draw({**record, **(curves or {})})
-
-    def _draw(self, values: dict[str, Any]) -> None:
-        try:
-            for field, tag in TAGS.items():
-                if values.get(field) is not None:
-                    self._board.add_scalar(tag, values[field], values["step"])
-        except OSError as error:  # the writer's thread met it, and tells at the next point
-            log.warning("TensorBoard's curves miss points: %s", error)
+            values, now = {**record, **(curves or {})}, time.time()
+            self._curves.add(record["step"], lambda board: _draw(board, values, now))
 
     def is_due(self) -> bool:
-        """Whether lines have waited long enough to be worth a flush."""
-        every_s = max(_REMOTE_FLUSH_S, self._flush_s / _FLUSH_SHARE)
-        return self._run.is_local or time.monotonic() - self._flushed_at > every_s
+        """Whether lines and points have waited long enough to be published."""
+        every_s = max(_REMOTE_FLUSH_S, self._publish_s / _FLUSH_SHARE)
+        return self._run.is_local or time.monotonic() - self._published_at > every_s
 
     def flush(self) -> None:
-        """Make what was written so far stand; in one thread at a time, while others write.
+        """Make the lines written so far stand; in one thread at a time, while others write.
 
         Raises:
-            OSError: storage does not take it; it waits for the next flush.
+            OSError: storage does not take them; they wait for the next flush.
         """
         lines = self._pending[:]
         if not lines:
             return
-        started = time.monotonic()
         try:
             self._run.append(METRICS, "".join(lines))
         except OSError as error:
             raise OSError(f"{len(lines)} lines of {METRICS} wait for storage: {error}") from error
-        finally:
-            self._flushed_at = time.monotonic()
-        self._flush_s = self._flushed_at - started
         del self._pending[: len(lines)]
 
-    def try_flush(self) -> None:
-        """Flush; lines that storage does not take are a warning, and wait."""
-        try:
-            self.flush()
-        except OSError as error:
-            log.warning("%s", error)
+    def publish(self) -> None:
+        """Make lines and curves stand, in the thread of `flush`; what storage does not take is a
+        warning, and waits."""
+        started = time.monotonic()
+        for action in (self.flush, self._curves.publish):
+            _try(action)
+        self._published_at = time.monotonic()
+        self._publish_s = self._published_at - started
 
     def close(self) -> None:
-        """Flush and close; no write may follow."""
-        self.try_flush()
-        try:
-            self._board.close()
-        except OSError as error:
-            log.warning("TensorBoard's curves miss their end: %s", error)
+        """Publish and close; no write may follow."""
+        for action in (self.flush, self._curves.close):
+            _try(action)
+
+
+def _draw(board: SummaryWriter, values: dict[str, Any], now: float) -> None:
+    """A step's points, as of when it ended."""
+    for field, tag in TAGS.items():
+        if values.get(field) is not None:
+            board.add_scalar(tag, values[field], values["step"], walltime=now)  # type: ignore[no-untyped-call]
+
+
+def _try(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        log.warning("%s", error)
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -136,17 +140,6 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
-
-
-def _wait_for_a_later_name(folder: Storage) -> None:
-    """Let the second pass in which the newest event file was opened, if it is this one.
-
-    TensorBoard reads event files by name, and a name starts with whole seconds: two of one second
-    may be read the wrong way round, and the older attempt's points would stand.
-    """
-    stamps = [name.split(".")[3] for name in folder.names() if name.startswith("events.out.")]
-    while str(int(time.time())).zfill(10) in stamps:
-        time.sleep(0.02)
 
 
 def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
@@ -220,24 +213,30 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 def write_hparams(
     run: Storage, hparams: dict[str, Any], final: dict[str, float], step: int
 ) -> None:
-    """Record the run's settings with its final metrics under TensorBoard's HParams tab."""
-    from torch.utils.tensorboard import SummaryWriter
+    """Record the run's settings with its final metrics under TensorBoard's HParams tab.
+
+    Raises:
+        OSError: storage does not take it.
+    """
     from torch.utils.tensorboard.summary import hparams as hparams_summary
 
-    folder = run / TENSORBOARD
-    board = SummaryWriter(folder.path if folder.is_local else folder.url)
     flat = {
         name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
         for name, value in flatten(hparams).items()
         if value is not None
     }
     metrics = {f"final/{name}": value for name, value in final.items()}
-    # The writer's own add_hparams would open a second run beside this one's curves.
-    for summary in hparams_summary(flat, metrics):
-        board._get_file_writer().add_summary(summary, step)
-    for name, value in metrics.items():
-        board.add_scalar(name, value, step)
-    board.close()
+
+    def draw(board: SummaryWriter) -> None:
+        # The writer's own add_hparams would open a second run beside this one's curves.
+        for summary in hparams_summary(flat, metrics):
+            board._get_file_writer().add_summary(summary, step)
+        for name, value in metrics.items():
+            board.add_scalar(name, value, step)
+
+    curves = Curves(run)
+    curves.add(step, draw)
+    curves.close()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

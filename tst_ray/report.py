@@ -16,10 +16,11 @@ from tst_ray.checkpoint import MARKER, CheckpointInfo, one_line, read_meta, step
 from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture
+from tst_ray.curves import TENSORBOARD
 from tst_ray.display import describe_phase, duration, short_number, show_loss
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
-from tst_ray.metrics import EVENTS, METRICS, TENSORBOARD
+from tst_ray.metrics import EVENTS, METRICS
 from tst_ray.plan import (
     ModelShape,
     Phase,

@@ -22,6 +22,7 @@ from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
 from tst_ray.sharded import read_full, write
 from tst_ray.storage import Storage
+from tst_ray.timeouts import STORAGE_S
 
 
 class Events(list[tuple[str, dict[str, Any]]]):
@@ -259,7 +260,8 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         return original(self, name)
 
     monkeypatch.setattr(Storage, "sha256", sha256)
-    monkeypatch.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
+    for name in ("_PATIENCE_S", "_SHORT_PATIENCE_S"):
+        monkeypatch.setattr(f"tst_ray.checkpoint.{name}", 0.0)
 
 
 def test_one_that_cannot_be_read_now_is_passed_by_and_not_called_damaged(
@@ -293,6 +295,28 @@ def test_one_that_can_be_read_after_a_while_is_taken(
     info = find_good([root], events)
     assert info is not None and info.step == 10
     assert (failures, events) == ([], [])
+
+
+def test_one_in_storage_is_waited_for_as_long_as_a_run_waits_for_storage(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To go on from the one before repeats steps; copies in memory are only a shorter way."""
+    save_steps(root, 10, 20)
+    waited: list[float] = []
+
+    def ask(action: Callable[[], Any], patience_s: float) -> Any:
+        waited.append(patience_s)
+        return action()
+
+    copies = Storage(f"{root.url}-copies")
+    save_steps(copies, 20, 30)
+    unreadable(monkeypatch, 10, 20, 30)
+    for name, patience_s in (("_PATIENCE_S", STORAGE_S), ("_SHORT_PATIENCE_S", 15.0)):
+        monkeypatch.setattr(f"tst_ray.checkpoint.{name}", patience_s)
+    monkeypatch.setattr("tst_ray.checkpoint.patiently", ask)
+    with pytest.raises(OSError, match="no good checkpoint can be read now"):
+        find_good([copies, root], Events())
+    assert waited == [15.0, 15.0, STORAGE_S, 15.0]
 
 
 def test_storage_that_is_down_is_no_reason_to_give_checkpoints_up(

@@ -9,7 +9,7 @@ import errno
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -403,24 +403,45 @@ def test_a_last_checkpoint_that_failed_is_tried_again(
     def fill(step: int) -> None:
         disk.full = step == 11
 
-    def room_was_made(seconds: float) -> None:
+    def room_is_made(patience_s: float) -> Iterator[float]:
+        yield from [0.01] * 4  # more tries than `fault.max_failed_saves`
         disk.full = False
+        yield 0.01
 
-    monkeypatch.setattr("tst_ray.saving.time.sleep", room_was_made)
+    monkeypatch.setattr("tst_ray.saving.pauses", room_is_made)
     assert train_on(job, fill) == Ended(12, "done")
     assert committed(Storage(job.run_url) / "checkpoints")[0].step == 12
-    assert events_of(job, "checkpoint_failed")
+    failed = [event["step"] for event in events_of(job, "checkpoint_failed")]
+    assert failed.count(12) == 5  # that of step 10 may be under way when the disk is full
 
 
-def test_a_last_checkpoint_is_tried_no_more_often_than_allowed(
+def test_a_last_checkpoint_is_not_tried_for_ever(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullDisk(monkeypatch, "/checkpoints/")
     job = tiny_job(tmp_path, manifest, train__steps=4, checkpoint__every=100)
     disk.full = True
-    monkeypatch.setattr("tst_ray.saving._AGAIN_S", 0.0)
+    monkeypatch.setattr("tst_ray.saving.STORAGE_S", 1.0)  # 0.5 s, and once more
     assert train_on(job) == Ended(4, "done")
     assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4] * 3
+
+
+@pytest.mark.parametrize("reason", ["grow", "preemption"])
+def test_a_group_does_not_end_to_grow_while_it_cannot_be_saved(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """Where its node will be taken away, waiting would not help."""
+    disk = FullDisk(monkeypatch, "/checkpoints/")
+    job = tiny_job(tmp_path, manifest, train__steps=20, checkpoint__async="false")
+
+    def fill(step: int) -> None:
+        disk.full = 3 <= step < 7
+        if step == 5:
+            monkeypatch.setattr("tst_ray.journal.Journal.stop_reason", lambda journal: reason)
+
+    monkeypatch.setattr("tst_ray.saving.STORAGE_S", 0.0)
+    ended = train_on(job, fill)
+    assert ended == Ended(9 if reason == "grow" else 6, reason)
 
 
 def test_no_checkpoint_is_taken_of_steps_whose_lines_are_not_written(

@@ -97,8 +97,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr("tst_ray.storage._PAUSES_S", (0.001, 0.001))
-    for name in ("tst_ray.storage._FIRST_PAUSE_S", "tst_ray.saving._AGAIN_S"):
-        monkeypatch.setattr(name, 0.001)
+    monkeypatch.setattr("tst_ray.storage._FIRST_PAUSE_S", 0.001)
     yield Flaky
     Flaky.share, Flaky.store, Flaky.pseudo_dirs = 0.0, {}, [""]
 

@@ -26,12 +26,14 @@ from typing import Any
 
 from tst_ray.errors import RunError
 from tst_ray.storage import Storage, patiently
+from tst_ray.timeouts import STORAGE_S
 
 log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_PATIENCE_S = 15.0  # with a checkpoint that cannot be read; the one before may be as good as new
+_PATIENCE_S = STORAGE_S  # with the first checkpoint in storage that cannot be read, …
+_SHORT_PATIENCE_S = 15.0  # … and with others, and with copies in memory
 
 OnEvent = Callable[..., None]  # called as on_event(kind, **details)
 
@@ -135,9 +137,9 @@ class _Verdict:
     is_known: bool = True  # else storage did not let it be read
 
 
-def _judge(info: CheckpointInfo, rank: int, world_size: int) -> _Verdict:
+def _judge(info: CheckpointInfo, rank: int, world_size: int, patience_s: float) -> _Verdict:
     try:
-        return _Verdict(patiently(lambda: verify(info, rank, world_size), _PATIENCE_S))
+        return _Verdict(patiently(lambda: verify(info, rank, world_size), patience_s))
     except Exception as error:  # whatever it is, the other ranks must hear of it
         return _Verdict(one_line(error), is_known=False)
 
@@ -193,7 +195,9 @@ def find_good(
     candidates, stored = ranks.gather((every, len(listed[-1])))[0]
     unread: str | None = None
     for info in candidates:
-        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size))
+        is_stored = info.folder.url.startswith(f"{roots[-1].url}/")
+        patience_s = _PATIENCE_S if is_stored and unread is None else _SHORT_PATIENCE_S
+        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size, patience_s))
         bad = [verdict for verdict in verdicts if verdict.problem is not None]
         if not bad:
             if ranks.rank == 0:
@@ -203,7 +207,7 @@ def find_good(
         worst = max(bad, key=lambda verdict: verdict.is_known)
         what = "is damaged" if worst.is_known else "cannot be read"
         log.warning("%s %s (%s); trying the one before", info.folder.url, what, worst.problem)
-        if not worst.is_known and info.folder.url.startswith(f"{roots[-1].url}/"):
+        if not worst.is_known and is_stored:
             unread = worst.problem
         if ranks.rank == 0:
             _tell(info, worst, on_event)

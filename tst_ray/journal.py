@@ -236,8 +236,7 @@ class Journal:
 
     def _write_state(self, state: dict[str, Any]) -> None:
         before = read_state(self.run)
-        if not self._is_current(before):
-            raise RunError("another attempt of this run has taken over; this one ends")
+        self.check_current(before)
         self.run.write_json(STATE, {**state, "ray_address": before.get("ray_address")})
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -259,6 +258,15 @@ class Journal:
     def is_current(self) -> bool:
         """Whether no newer attempt has started."""
         return self._is_current(read_state(self.run))
+
+    def check_current(self, state: dict[str, Any] | None = None) -> None:
+        """Raises RunError where a newer attempt has started.
+
+        Args:
+            state: run.json, where it was read just now.
+        """
+        if not self._is_current(read_state(self.run) if state is None else state):
+            raise RunError("another attempt of this run has taken over; this one ends")
 
     def _is_current(self, state: dict[str, Any]) -> bool:
         return int(state.get("attempt", 0)) <= self.attempt

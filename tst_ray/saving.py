@@ -20,11 +20,9 @@ from tst_ray.checkpointer import Checkpointer
 from tst_ray.job import Job
 from tst_ray.journal import Journal
 from tst_ray.plan import MEMORY_KEEP
-from tst_ray.storage import Storage
-from tst_ray.timeouts import COMMIT
+from tst_ray.storage import Storage, pauses
+from tst_ray.timeouts import COMMIT, STORAGE_S
 from tst_ray.watchdog import Watchdog
-
-_AGAIN_S = 2.0  # what keeps storage from taking a checkpoint may pass
 
 
 class Saving:
@@ -99,7 +97,12 @@ class Saving:
         self.storage.load(info, state)
 
     def forget_after(self, step: int) -> int:
-        """Remove the checkpoints of more than `step` steps; the newest step that is left."""
+        """Remove the checkpoints of more than `step` steps; the newest step that is left.
+
+        Raises:
+            RunError: another attempt has taken over, and they are its own.
+        """
+        self._journal.check_current()
         for saver in self._savers():
             forget_after(saver.root, step)
         left = committed(self.storage.root)
@@ -145,13 +148,19 @@ class Saving:
 
     def finish(self, step: int, is_suspicious: bool) -> None:
         """Wait for a group's last checkpoint; try it again where storage did not take it, since no
-        next one will do better, as often as `fault.max_failed_saves` allows."""
-        while True:
+        next one will do better, as long as a run waits for storage."""
+
+        def has_failed() -> bool:
             self.wait(step)
-            failed = self._ranks.gather(self.failed)[0]
-            if not 0 < failed < self._job.config.fault.max_failed_saves:
+            return bool(self._ranks.gather(self.failed)[0])
+
+        pauses_s = pauses(STORAGE_S)
+        while has_failed():
+            # Rank 0's clock for all: they must save together, or not at all.
+            pause_s = self._ranks.gather(next(pauses_s, None))[0]
+            if pause_s is None:
                 return
-            time.sleep(_AGAIN_S)
+            time.sleep(pause_s)
             self._save(step, self.storage, is_suspicious)
 
     def wait(self, step: int) -> None:

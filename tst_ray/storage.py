@@ -24,7 +24,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -314,7 +314,7 @@ def patiently(
     Raises:
         OSError: the last one (or one of `also`), once `patience_s` seconds are over.
     """
-    deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
+    pauses_s = pauses(patience_s)
     passing: tuple[type[Exception], ...] = (OSError, *also)
     while True:
         try:
@@ -322,10 +322,18 @@ def patiently(
         except FileNotFoundError:
             raise
         except passing as error:
-            if time.monotonic() + pause_s > deadline:
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
                 raise
             log.warning("trying again in %.1f s: %s", pause_s, error)
         time.sleep(pause_s)
+
+
+def pauses(patience_s: float) -> Iterator[float]:
+    """Seconds to wait before each next try, longer and longer; the last as time runs out."""
+    deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        yield min(pause_s, left_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 

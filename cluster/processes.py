@@ -21,7 +21,8 @@ _CLOCK_SLACK_S = 2.0  # the boot time in /proc/stat is rounded to seconds
 
 def is_running(pid: int) -> bool:
     """Whether a process is there, and no zombie."""
-    return bool(_stat(pid)) and _stat(pid)[0] != "Z"
+    fields = _stat(pid)  # once: it may end any moment
+    return bool(fields) and fields[0] != "Z"
 
 
 def descendants(pid: int) -> list[int]:

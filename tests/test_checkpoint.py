@@ -279,6 +279,22 @@ def test_one_that_cannot_be_read_now_is_passed_by_and_not_called_damaged(
     assert info is not None and info.step == 20
 
 
+def test_only_rank_0_lists(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds would ask storage for the same; and what they see may be older."""
+
+    class Second:
+        rank, size = 1, 2
+
+        def gather(self, value: Any) -> list[Any]:
+            return [([], 0), value]
+
+    def names(storage: Storage) -> list[str]:
+        raise AssertionError("lists")
+
+    monkeypatch.setattr(Storage, "names", names)
+    assert find_good([root], Events(), Second()) is None  # type: ignore[arg-type]
+
+
 def test_one_that_can_be_read_after_a_while_is_taken(
     root: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

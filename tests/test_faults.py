@@ -393,6 +393,57 @@ def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Mani
     assert json.dumps(state)
 
 
+def test_waits_of_repeated_steps_are_not_taken_from_those_that_count(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """They were never charged as stepping."""
+    job = tiny_job(tmp_path, manifest, checkpoint__async="false", checkpoint__every=10)
+    with Faults().fail_at(18).injected():
+        with pytest.raises(RuntimeError, match="injected"):
+            train_on_slowly(job)
+        train_on(job)
+    assert events_of(job, "attempt")[1]["repeated_steps"] == 7
+    parts = read_state(Storage(job.run_url))["time"]["parts"]
+    steps_s = sum(r["step_time_s"] - r["data_wait_s"] for r in records_of(job))
+    assert parts["stepping"] > 0.7 * steps_s
+
+
+def test_saving_between_two_phases_is_charged_as_saving(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = tiny_job(tmp_path, manifest).plan.phases[0].last_step
+    job = tiny_job(tmp_path, manifest, checkpoint__async="false", checkpoint__every=switch)
+    write = Storage.write
+
+    def slowly(storage: Storage, name: str, content: Any) -> None:
+        time.sleep(0.5 if name == MARKER else 0.0)
+        write(storage, name, content)
+
+    monkeypatch.setattr(Storage, "write", slowly)
+    train_on(job)
+    saves = len(events_of(job, "checkpoint"))
+    parts = read_state(Storage(job.run_url))["time"]["parts"]
+    assert saves > 1
+    assert 0.5 * saves < parts["checkpoint_stall"] < 0.5 * saves + 0.4
+    assert parts["startup"] + parts["restart"] < 0.4
+
+
+def test_steps_whose_lines_had_not_been_written_count_as_repeated(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an object store, lines go out every ten seconds."""
+    job = tiny_job(tmp_path, manifest, checkpoint__async="false", checkpoint__every=10)
+    with monkeypatch.context() as patch, Faults().fail_at(18).injected():
+        patch.setattr("tst_ray.metrics.MetricsLog.publish", lambda log: None)
+        patch.setattr("tst_ray.metrics.MetricsLog.close", lambda log: None)
+        patch.setattr("tst_ray.journal._STATE_EVERY_S", 0.0)
+        with pytest.raises(RuntimeError, match="injected"):
+            train_on_slowly(job)
+    assert len(records_of(job)) == 10
+    train_on(job)
+    assert events_of(job, "attempt")[1]["repeated_steps"] in (6, 7)  # the last one as it failed
+
+
 def test_a_last_checkpoint_that_failed_is_tried_again(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

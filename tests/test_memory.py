@@ -137,7 +137,9 @@ def holders(root: Storage, name: str) -> list[str]:
 
 
 def process_of(door: Any) -> int:
-    return ray.get(door.handle.__ray_call__.remote(lambda vault: os.getpid()), timeout=PATIENCE_S)
+    return ray.get(
+        memory._handle(door.name).__ray_call__.remote(lambda vault: os.getpid()), timeout=PATIENCE_S
+    )
 
 
 def node_of(cluster: Cluster, node_id: str) -> Any:
@@ -263,6 +265,25 @@ def test_a_rewrite_from_another_node_leaves_no_older_copy(root: Storage, nodes: 
 
 
 @pytest.mark.slow
+def test_the_head_node_is_asked_for_each_vault_once(
+    root: Storage, nodes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of hundreds of workers, each writes some files and reads many names, every minute."""
+    asked: list[str] = []
+    get_actor = ray.get_actor
+
+    def counted(name: str, namespace: str) -> Any:
+        asked.append(name)
+        return get_actor(name, namespace=namespace)
+
+    monkeypatch.setattr(ray, "get_actor", counted)
+    for number in range(5):
+        root.write(f"file-{number}", b"x")
+        assert root.read(f"file-{number}") == b"x"
+        assert len(root.names()) == number + 1
+    assert len(asked) == len(set(asked)) == len(nodes)
+
+
 def test_what_is_removed_is_in_no_vault(root: Storage, nodes: list[str]) -> None:
     for number, node_id in enumerate(nodes):
         on(node_id, write, root, f"step/{number}", b"x")

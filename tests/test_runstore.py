@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tst_ray.config import load_config
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state, update_state
-from tst_ray.runstore import hold, needed_everywhere, open_run, run_storage
+from tst_ray.runstore import Overtaken, hold, needed_everywhere, open_run, run_storage
 from tst_ray.storage import Storage
 
 
@@ -24,15 +25,15 @@ def make_config(tmp_path: Path, *overrides: str):
 
 def test_the_config_is_written_once(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    with open_run(config) as run:
+    with open_run(config) as (run, _):
         first = run.read("config.yaml")
         run.write("plan.json", "{}")
-    with open_run(make_config(tmp_path, "--checkpoint.every=7")) as run:
+    with open_run(make_config(tmp_path, "--checkpoint.every=7")) as (run, _):
         assert run.read("config.yaml") == first
 
 
 def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path: Path) -> None:
-    with open_run(make_config(tmp_path)) as run:
+    with open_run(make_config(tmp_path)) as (run, _):
         before = run.read("config.yaml")
         run.write("plan.json", "{}")
     other = make_config(tmp_path, "--train.batch_size=8", "--run.seed=3")
@@ -48,13 +49,13 @@ def test_what_was_refused_before_it_began_binds_nobody(tmp_path: Path) -> None:
     """A wrong path, corrected, must not be taken for another run."""
     with open_run(make_config(tmp_path, "--data.sources=[tezt]")):
         pass
-    with open_run(make_config(tmp_path, "--data.sources=[text]")) as run:
+    with open_run(make_config(tmp_path, "--data.sources=[text]")) as (run, _):
         assert b"tezt" not in run.read("config.yaml")
 
 
 def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    with open_run(config) as run:
+    with open_run(config) as (run, _):
         code = (
             "from tst_ray.runstore import hold\nfrom tst_ray.storage import Storage\n"
             f"with hold(Storage({run.url!r})): print('held')"
@@ -200,7 +201,8 @@ def test_shards_elsewhere_must_be_seen_too(tmp_path: Path) -> None:
     prepared = f"--data.prepared={tmp_path}/prepared"
     shards = {"prepared/manifest.json": "data.prepared"}
     assert needed(tmp_path, prepared) == RUN | shards
-    assert needed(tmp_path, prepared, storage="memory://bucket/runs") == shards
+    far = {"memory://bucket/runs/a/config.yaml": "run.storage"}  # its package may be missing
+    assert needed(tmp_path, prepared, storage="memory://bucket/runs") == far | shards
     assert needed(tmp_path, "--data.prepared=memory://bucket/prepared") == RUN
     assert needed(tmp_path, f"--data.prepared={tmp_path}/nowhere") == RUN, "that is told elsewhere"
 
@@ -230,3 +232,50 @@ def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) ->
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     assert needed(tmp_path, f"--model={tmp_path}/model") == RUN | {"model": "model.source"}
     assert needed(tmp_path, "--model=paper-270m") == RUN
+
+
+def test_a_driver_whose_lease_was_taken_says_so_and_does_not_renew_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was suspended, say, for longer than its lease lasts."""
+    monkeypatch.setattr("tst_ray.runstore._RENEW_S", 0.01)
+    run = Storage("memory://bucket/taken")
+    run.remove()
+    with hold(run) as held:
+        held.check()
+        theirs = {"id": "other", "host": "elsewhere", "pid": 7, "renewed": time.time()}
+        run.write_json("driver.lock", theirs)
+        deadline = time.monotonic() + 60.0
+        with pytest.raises(Overtaken, match=r"another driver .*process 7 on elsewhere"):
+            while time.monotonic() < deadline:
+                held.check()
+    assert run.read_json("driver.lock") == theirs
+
+
+def test_a_driver_that_wakes_looks_before_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Storage("memory://bucket/woken")
+    run.remove()
+    with hold(run) as held:
+        run.write_json("driver.lock", {"id": "other", "renewed": time.time()})
+        held.check()  # renewed just now, so it is not looked
+        now = time.time()
+        monkeypatch.setattr("tst_ray.runstore.time.time", lambda: now + 61.0)
+        with pytest.raises(Overtaken, match="another driver"):
+            held.check()
+
+
+def test_what_storage_says_late_is_no_loss_of_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Storage("memory://bucket/late")
+    run.remove()
+    with hold(run) as held:
+        now = time.time()
+        monkeypatch.setattr("tst_ray.runstore.time.time", lambda: now + 61.0)
+        with monkeypatch.context() as trouble:
+            trouble.setattr(Storage, "read", fail)
+            held.check()
+        held.check()
+        assert run.read_json("driver.lock")["renewed"] == now + 61.0
+
+
+def fail(*args: Any) -> None:
+    raise OSError("503")

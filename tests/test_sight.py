@@ -13,6 +13,7 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from tst_ray import sight as sight_module
 from tst_ray.elastic import Node
 from tst_ray.sight import Sight
+from tst_ray.storage import Storage
 from tst_ray.timeouts import LOOK_S
 
 NEEDED = {"/runs/a/config.yaml": "run.storage", "/shards/manifest.json": "data.prepared"}
@@ -137,7 +138,24 @@ def test_who_has_enough_nodes_does_not_wait_for_more(looks: Looks) -> None:
 def test_a_look_says_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "here").touch()
     asked = [str(tmp_path / name) for name in ("here", "not", "nor")]
-    assert sight_module.missing(asked) == asked[1:]
+    assert sight_module.missing(asked) == dict.fromkeys(asked[1:], "")
+
+
+def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package may be missing on a node, or the credentials."""
+    run = Storage("memory://seen/run")
+    run.write("config.yaml", "")
+    asked = ["memory://seen/run/config.yaml", "memory://seen/run/not", "nothing://a/config.yaml"]
+    here, *rest = asked
+    found = sight_module.missing(asked)
+    assert list(found) == rest
+    assert found[rest[0]] == "" and "nothing://a: cannot be opened" in found[rest[1]]
+
+    def refuse(self: Storage, name: str = "") -> bool:
+        raise PermissionError("403 forbidden")
+
+    monkeypatch.setattr(Storage, "exists", refuse)
+    assert sight_module.missing([here]) == {here: "403 forbidden"}
 
 
 def test_where_all_see_nobody_looks(looks: Looks) -> None:
@@ -149,10 +167,14 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
 @pytest.mark.parametrize(
     ("outcome", "told"),
     [
-        ([], (True, None)),
+        ({}, (True, None)),
         (
-            ["/shards/manifest.json"],
+            {"/shards/manifest.json": ""},
             (False, "node 10.0.0.7 does not see /shards/manifest.json (data.prepared)"),
+        ),
+        (
+            {"/runs/a/config.yaml": "403 forbidden"},
+            (False, "node 10.0.0.7 does not see /runs/a/config.yaml (run.storage): 403 forbidden"),
         ),
         (
             RayTaskError(
@@ -166,7 +188,7 @@ def test_where_all_see_nobody_looks(looks: Looks) -> None:
         ),
         (NodeDiedError("lost"), (False, None)),
     ],
-    ids=["sees", "does not", "has not the package", "is lost"],
+    ids=["sees", "does not", "may not", "has not the package", "is lost"],
 )
 def test_what_is_wrong_is_told_with_the_node(
     monkeypatch: pytest.MonkeyPatch, outcome: Any, told: tuple[bool, str | None]

@@ -20,7 +20,8 @@ from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
-from tst_ray.room import Room
+from tst_ray.room import Room, steadily
+from tst_ray.runstore import Hold, Overtaken
 from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
@@ -268,6 +269,108 @@ def test_a_group_that_grew_into_what_others_use_goes_back_to_what_it_was(
     assert stage.room.now() == 1
 
 
+def test_growing_into_what_others_keep_becomes_rare(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try ends a group that trains."""
+    room = Supervised(tmp_path, manifest, "[1, 4]").room
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    now = [0.0]
+    monkeypatch.setattr("tst_ray.room.time.monotonic", lambda: now[0])
+
+    def tries(seconds: float) -> int:
+        end, count = now[0] + seconds, 0
+        while now[0] < end:
+            now[0] += 60.0
+            if room.possible(2) > 2:
+                room.lacked(4)
+                count += 1
+            room.ran(2)
+        return count
+
+    room.ran(2)
+    assert tries(3600.0) == 3
+    assert tries(24 * 3600.0) < 9
+    room.ran(4)  # they have gone
+    room.ran(2)
+    assert tries(3600.0) == 3
+
+
+def test_a_slow_step_of_other_nodes_says_nothing_of_those_that_came(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = {"cluster__settle_s": 0, "cluster__growth_gain": 1, "train__steps": 10_000}
+    stage = Supervised(tmp_path, manifest, "[1, 4]", **growing)
+    nodes = {"a", "b"}
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 2)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
+    monkeypatch.setattr(Room, "nodes", lambda room: nodes)
+
+    def grows(world_size: int, attempt: int, at_work: list[str], step_s: float) -> bool:
+        update_state(stage.run, attempt=attempt, attempt_from=0, step=3, nodes=at_work)
+        for step in (1, 2, 3):
+            record = {"step": step, "attempt": attempt, "world_size": world_size}
+            line = json.dumps({**record, "step_time_s": step_s})
+            stage.run.append("metrics.jsonl", f"{line}\n")
+        return stage._should_grow(world_size)
+
+    assert not grows(2, 1, ["a", "b"], 2.0)  # b is slow
+    assert not grows(1, 2, ["a"], 1.0)
+    nodes = {"a", "c"}
+    assert grows(1, 3, ["a"], 1.0)
+
+
+def test_a_driver_that_was_overtaken_ends_and_begins_nothing(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Scripted(tmp_path, manifest, [(0, DIED), FINISHED])
+
+    class Lost(Hold):
+        def check(self) -> None:
+            if len(stage.script) == 1:
+                raise Overtaken("another driver has taken this run")
+
+    stage._held = Lost()
+    with pytest.raises(Overtaken):
+        stage.train()
+    assert stage.script == [FINISHED]
+
+
+def test_a_driver_that_is_overtaken_does_not_wait_for_its_group(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Supervised(tmp_path, manifest, "1")
+
+    class Endless:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def wait(self, seconds: float) -> bool:
+            stage._held = Lost()
+            return False
+
+    class Lost(Hold):
+        def check(self) -> None:
+            raise Overtaken("another driver has taken this run")
+
+    monkeypatch.setattr("tst_ray.stage.Group", Endless)
+    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
+    with pytest.raises(Overtaken):
+        stage._one_attempt()
+
+
+def test_a_head_node_that_stays_away_ends_the_run_with_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look() -> None:
+        raise RpcError("unavailable")
+
+    monkeypatch.setattr("tst_ray.storage.pauses", lambda patience_s: iter(()))
+    with pytest.raises(RunError, match=r"the head node does not answer .*the same command resumes"):
+        steadily(look)
+
+
 def test_a_lack_of_room_is_no_failure(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +402,7 @@ def test_a_group_settles_from_its_first_step_on(
     """Loading and compiling for minutes is no time in which it has trained."""
     stage = Supervised(tmp_path, manifest, "[1, 4]", cluster__growth_gain=0)
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: most)
+    monkeypatch.setattr("tst_ray.room.nodes_for_workers", lambda config, without: [])
     monkeypatch.setattr("tst_ray.stage.draining_nodes", set)
     update_state(stage.run, attempt=1, attempt_from=0, step=3)
     for step in (1, 2, 3):
@@ -493,6 +597,7 @@ def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
     asked: list[int] = []
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, _: asked.append(most))
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 1)
+    monkeypatch.setattr("tst_ray.room.nodes_for_workers", lambda config, without: [])
 
     def look(workers: str, step: int) -> list[int]:
         asked.clear()

@@ -188,11 +188,9 @@ def find_good(
         OSError: storage does not let some of them be read, and no other is good.
     """
     ranks = ranks or Ranks()
-    listed = [committed(root, damaged=True) for root in roots]
-    every = sorted((info for infos in listed for info in infos), key=lambda i: -i.step)
     # Rank 0's listing for all: on a shared filesystem another rank's may be older.
     candidates: list[CheckpointInfo]
-    candidates, stored = ranks.gather((every, len(listed[-1])))[0]
+    candidates, stored = ranks.gather(_listed(roots) if ranks.rank == 0 else None)[0]
     unread: str | None = None
     for info in candidates:
         is_stored = info.folder.url.startswith(f"{roots[-1].url}/")
@@ -220,6 +218,13 @@ def find_good(
             "run.name"
         )
     return None
+
+
+def _listed(roots: Sequence[Storage]) -> tuple[list[CheckpointInfo], int]:
+    """The committed checkpoints of all folders, newest first, and how many are in the last."""
+    listed = [committed(root, damaged=True) for root in roots]
+    every = sorted((info for infos in listed for info in infos), key=lambda info: -info.step)
+    return every, len(listed[-1])
 
 
 def _tell(info: CheckpointInfo, verdict: _Verdict, on_event: OnEvent) -> None:

@@ -36,7 +36,15 @@ from tst_ray.job import Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_bytes
-from tst_ray.runstore import MANIFEST, PLAN, needed_everywhere, open_run, read_events
+from tst_ray.runstore import (
+    MANIFEST,
+    PLAN,
+    Hold,
+    Overtaken,
+    needed_everywhere,
+    open_run,
+    read_events,
+)
 from tst_ray.session import (
     ask_autoscaler,
     away_from,
@@ -114,6 +122,7 @@ class Coordinator:
         self.log_path: str | None = None
         self.vaults: Any = None  # the memory of the cluster, where checkpoints are kept too
         self.sight = Sight()  # which nodes see what the run needs
+        self._held = Hold()  # on the run directory
 
     def run(self) -> Outcome:
         """Train to the end.
@@ -123,7 +132,7 @@ class Coordinator:
             RunError: the run stopped; the same command resumes it.
             Interrupted: on request.
         """
-        with open_run(self.config) as run:
+        with open_run(self.config) as (run, self._held):
             try:
                 _fold_events(run)
                 self._begin_account(run)
@@ -138,6 +147,8 @@ class Coordinator:
 
     def _record_failure(self, run: Storage, error: BaseException) -> None:
         """Note how the run stopped; what was refused before training changes nothing."""
+        if isinstance(error, Overtaken):
+            return  # the run goes on under another driver
         trained = self.state not in (State.PREPARE, State.PLAN)
         self.state = State.FAILED
         asked = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
@@ -173,7 +184,8 @@ class Coordinator:
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray", check)
                 finally:
-                    ask_autoscaler(self.config, 0)  # else the cluster would stay large
+                    with contextlib.suppress(Exception):  # what ended the run is what to tell
+                        ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
     def _check_cluster(self, run: Storage, is_local: bool) -> None:
         """Refuse a cluster that the run could not use, and say what it leaves unused.
@@ -189,7 +201,7 @@ class Coordinator:
         if not step and (problems := self.sight.problems()):
             raise RunError(
                 f"{next(iter(problems.values()))}; give a folder that all nodes share, and install "
-                "this package on every node"
+                "this package, and what its storage needs, on every node"
             )
         if gpus := unused_gpus(self.config):
             self.say(f"there are {gpus} GPUs, and cluster.gpus_per_worker is 0: training on CPUs")
@@ -310,7 +322,17 @@ class Coordinator:
         self._announce(phases, step)
         memory_url = self.vaults.url if self.vaults else None
         job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url)
-        stage = Stage(run, self.config, self.plan, phases, job, self.say, self.vaults, self.sight)
+        stage = Stage(
+            run,
+            self.config,
+            self.plan,
+            phases,
+            job,
+            self.say,
+            vaults=self.vaults,
+            sight=self.sight,
+            held=self._held,
+        )
         with watch(run, self.plan, self.terminal):
             stage.train()
 

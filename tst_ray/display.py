@@ -98,7 +98,11 @@ class _Latest:
         self._val_loss: float | None = None
 
     def read(self) -> dict[str, Any] | None:
-        records = last_records(self._run)
+        """The record; None before the first step, and where storage does not answer now."""
+        try:
+            records = last_records(self._run)
+        except OSError:  # the run may go on, and be shown at the next look
+            return None
         for record in records:
             self._val_loss = record.get("val_loss", self._val_loss)
         return {**records[-1], "val_loss": self._val_loss} if records else None

@@ -137,7 +137,11 @@ class Journal:
         state = patiently(lambda: read_state(self.run))
         self.account = Account.from_dict(state.get("time"), time.time())
         dropped = drop_after(self.run, step)
-        self.account.repeat(sum(record["step_time_s"] for record in dropped))
+        self.account.repeat(
+            sum(record["step_time_s"] - record.get("data_wait_s", 0.0) for record in dropped)
+        )
+        # Where lines go to an object store now and then, the last steps may have none.
+        repeated = max(len(dropped), int(state.get("step", 0)) - step)
         self._metrics = MetricsLog(self.run, step, tensorboard_every, config_text)
         self._stop = StopRequest(self.run)
         self._started_at = step
@@ -149,19 +153,19 @@ class Journal:
             step=step,
             attempt=self.attempt,
             world_size=self._writer.world_size,
-            repeated_steps=len(dropped),
+            repeated_steps=repeated,
             **details,
             **facts,
         )
 
     def step_began(self) -> None:
-        """The attempt's first batch is asked for: what came before was starting."""
+        """A phase's first batch is asked for: what came before was starting, or saving."""
         if self.writes:
             fresh = self.attempt == 1 and self._started_at == 0
-            self.account.charge("startup" if fresh else "restart", time.time())
+            self._charge("startup" if fresh else "restart", time.time())
 
     def timing(self, *, eval_s: float = 0.0, stall_s: float = 0.0) -> None:
-        """Seconds of the step now logged that were not spent on stepping."""
+        """Seconds since the last step was logged that were not spent on stepping."""
         self._eval_s += eval_s
         self._stall_s += stall_s
 
@@ -170,14 +174,7 @@ class Journal:
         if self._metrics is None:
             return
         now = time.time()
-        self.account.charge(
-            "stepping",
-            now,
-            data_wait=record["data_wait_s"],
-            evaluation=self._eval_s,
-            checkpoint_stall=self._stall_s,
-        )
-        self._eval_s = self._stall_s = 0.0
+        self._charge("stepping", now, data_wait=record["data_wait_s"])
         told = {name: value for name, value in record.items() if value is not None}
         told |= {"loss": record["loss"], "time": round(now, 3)}
         told["goodput"] = round(self.account.goodput, 4)
@@ -189,6 +186,12 @@ class Journal:
             state = self._state(record["step"]) if state_is_due else None
             if self._background.start(lambda: self._publish(state)) and state_is_due:
                 self._state_at = time.monotonic()
+
+    def _charge(self, part: str, now: float, **within: float) -> None:
+        """Charge the time since the last charge to a part, less what else was told of it."""
+        told = {"evaluation": self._eval_s, "checkpoint_stall": self._stall_s}
+        self.account.charge(part, now, **within, **told)
+        self._eval_s = self._stall_s = 0.0
 
     def _publish(self, state: dict[str, Any] | None) -> None:
         """Beside the loop: make the lines stand, and replace run.json where there is a new one."""

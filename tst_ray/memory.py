@@ -29,6 +29,7 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import fsspec
@@ -188,11 +189,14 @@ class _Door:
     """A vault as other processes see it."""
 
     node_id: str
-    handle: Any
+    name: str
 
     def ask(self, method: str, *args: Any) -> Any:
-        """Put a question; `answer` waits for what it says."""
-        return getattr(self.handle, method).remote(*args)
+        """Put a question; `answer` waits for what it says. None where the vault has ended."""
+        try:
+            return getattr(_handle(self.name), method).remote(*args)
+        except ValueError:
+            return None
 
     def answer(self, asked: Any, timeout_s: float) -> Any:
         """The answer to a question.
@@ -203,12 +207,14 @@ class _Door:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
+        if asked is None:
+            raise OSError(f"the vault of node {self.node_id} has ended")
         try:
             return ray.get(asked, timeout=timeout_s)
         except RayTaskError as error:  # it is there, and cannot: its node's memory is full
             raise OSError(f"the vault of node {self.node_id}: {_one_line(error.cause)}") from error
         except RayError as error:
-            _end(self.handle)
+            _end(_handle(self.name))
             reason = _one_line(error)
             raise OSError(f"the vault of node {self.node_id} does not answer: {reason}") from error
 
@@ -219,14 +225,24 @@ def _doors(key: str) -> tuple[list[_Door], list[_Door]]:
 
     names = _names(key)
     own_id = ray.get_runtime_context().get_node_id()
-    doors = []
-    for node_id in sorted(names, key=lambda node_id: (node_id < own_id, node_id)):
-        with contextlib.suppress(ValueError):  # it has ended since it was listed
-            doors.append(_Door(node_id, ray.get_actor(names[node_id], namespace=_NAMESPACE)))
+    in_ring = sorted(names, key=lambda node_id: (node_id < own_id, node_id))
+    doors = [_Door(node_id, names[node_id]) for node_id in in_ring]
     return (
         [door for door in doors if door.node_id == own_id],
         [door for door in doors if door.node_id != own_id],
     )
+
+
+@lru_cache(maxsize=4096)
+def _handle(name: str) -> Any:
+    """A vault by its name, of which there is never another; a question to the head node, once.
+
+    Raises:
+        ValueError: it has ended.
+    """
+    import ray
+
+    return ray.get_actor(name, namespace=_NAMESPACE)
 
 
 def _ask_all(doors: Sequence[_Door], method: str, *args: Any) -> list[Any]:

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from tst_ray.checkpoint import one_line
 from tst_ray.config import Config
+from tst_ray.errors import RunError, UserError
 from tst_ray.session import (
     address_of,
     ask_autoscaler,
@@ -33,12 +35,25 @@ Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
+_LONGEST_BAR_S = 6 * 3600.0
+
 
 def steadily(look: Callable[[], Value]) -> Value:
-    """What a question to the cluster gives; it is asked again while the head node is away."""
+    """What a question to the cluster gives; it is asked again while the head node is away.
+
+    Raises:
+        RunError: it stays away.
+    """
     from ray.exceptions import RayError
 
-    return patiently(look, also=(RayError, RuntimeError))
+    try:
+        return patiently(look, also=(RayError, RuntimeError))
+    except UserError:
+        raise
+    except (RayError, RuntimeError) as error:
+        raise RunError(
+            f"the head node does not answer ({one_line(error)}); the same command resumes"
+        ) from error
 
 
 def _living() -> set[str]:
@@ -64,6 +79,7 @@ class Room:
         self.left = 0
         self._left_out: frozenset[str] = frozenset()
         self._needed: frozenset[str] = frozenset()  # left out once, and then missed
+        self._failed_tries = 0  # to have more, one after another
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
         self._ran: int | None = None  # how many workers the last group had that started
@@ -119,6 +135,8 @@ class Room:
     def ran(self, world_size: int) -> None:
         """Note that so many workers were given a place."""
         self._ran = world_size
+        if self.lacked_for is not None and world_size >= self.lacked_for:
+            self._failed_tries, self._until = 0, 0.0
 
     def lacked(self, world_size: int) -> bool:
         """Note that so many were not: others use the nodes. Whether that was not known.
@@ -129,12 +147,16 @@ class Room:
         the places of.
         """
         self._needed, self._left_out = self._needed | self._left_out, frozenset()
+        bar_s = NO_ROOM_S
         if self._ran is not None and self._ran < world_size:
             self.left = self._ran
+            # A group that trained was ended for it: beside others who stay, that becomes rare.
+            bar_s = min(NO_ROOM_S * 2.0**self._failed_tries, _LONGEST_BAR_S)
+            self._failed_tries += 1
         else:
             free = steadily(lambda: free_room(self._config, self.most, self.without))
             self.left = min(free, world_size - 1)
-        self._until = time.monotonic() + NO_ROOM_S
+        self._until = time.monotonic() + bar_s
         self._then = steadily(lambda: self.nodes_hold(self._left_out))
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news

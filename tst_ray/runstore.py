@@ -64,8 +64,19 @@ def check_same_run(run: Storage, config: Config) -> None:
         )
 
 
+class Overtaken(RunError):
+    """Another driver has taken the run: this one must neither go on nor write any more."""
+
+
+class Hold:
+    """A driver's hold on a run directory: a lock's lasts as long as the driver."""
+
+    def check(self) -> None:
+        """Raises Overtaken where another driver has taken the run meanwhile."""
+
+
 @contextlib.contextmanager
-def open_run(config: Config) -> Iterator[Storage]:
+def open_run(config: Config) -> Iterator[tuple[Storage, Hold]]:
     """The run directory, writable, of this config, and held by this driver alone.
 
     Raises:
@@ -74,15 +85,15 @@ def open_run(config: Config) -> Iterator[Storage]:
     """
     run = run_storage(config)
     run.check_writable()
-    with hold(run):
+    with hold(run) as held:
         check_same_run(run, config)
         if not run.exists(PLAN):
             run.write(CONFIG, config.to_yaml())
-        yield run
+        yield run, held
 
 
 @contextlib.contextmanager
-def hold(run: Storage) -> Iterator[None]:
+def hold(run: Storage) -> Iterator[Hold]:
     """Hold the run directory against every other driver while the block runs.
 
     On a local disk by a file lock, which the kernel lifts however the driver ends; elsewhere, and
@@ -92,8 +103,8 @@ def hold(run: Storage) -> Iterator[None]:
         RunError: another driver holds it; says which.
     """
     holder = _locked_file(run) if run.is_local and _has_locks(run) else _leased(run)
-    with holder:
-        yield
+    with holder as held:
+        yield held
 
 
 def read_events(run: Storage) -> list[dict[str, Any]]:
@@ -111,8 +122,11 @@ def _owner() -> dict[str, Any]:
 
 
 def _refusal(run: Storage, owner: dict[str, Any], remedy: str) -> RunError:
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
-    return RunError(f"{run.url}: another driver holds this run ({who}); {remedy}")
+    return RunError(f"{run.url}: another driver holds this run ({_who(owner)}); {remedy}")
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
 
 
 def _has_locks(run: Storage) -> bool:
@@ -130,7 +144,7 @@ def _has_locks(run: Storage) -> bool:
 
 
 @contextlib.contextmanager
-def _locked_file(run: Storage) -> Iterator[None]:
+def _locked_file(run: Storage) -> Iterator[Hold]:
     import fcntl
 
     with open(run.at(LOCK), "a+") as file:
@@ -142,7 +156,7 @@ def _locked_file(run: Storage) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
-        yield
+        yield Hold()
 
 
 def _gone(run: Storage) -> str:
@@ -157,8 +171,45 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
         return {}
 
 
+class _Lease(Hold):
+    """A hold that lasts while it is renewed.
+
+    Args:
+        mine: who holds it, as written.
+    """
+
+    def __init__(self, run: Storage, mine: dict[str, Any]) -> None:
+        self._run, self._mine, self._renewed_at = run, mine, time.time()
+        self._taken_by: dict[str, Any] | None = None
+
+    def renew(self) -> None:
+        """Renew it, unless another driver has taken it. Raises OSError."""
+        lease = _lease(self._run)
+        if lease and lease.get("id") != self._mine["id"]:
+            self._taken_by = lease
+            return
+        now = time.time()
+        self._run.write_json(LOCK, {**self._mine, "renewed": now})
+        self._renewed_at = now
+
+    def check(self) -> None:
+        """Raises Overtaken where another driver has taken the run meanwhile.
+
+        One may have where this process was stopped for a while (a machine that was suspended), or
+        where storage did not take what it wrote.
+        """
+        if self._taken_by is None and time.time() - self._renewed_at > _LEASE_S:
+            with contextlib.suppress(OSError):  # then nobody can take it now, either
+                self.renew()
+        if self._taken_by is not None:
+            raise Overtaken(
+                f"{self._run.url}: another driver has taken this run ({_who(self._taken_by)}): "
+                f"this one had not renewed its lease for {_LEASE_S:.0f} s; it goes on there"
+            )
+
+
 @contextlib.contextmanager
-def _leased(run: Storage) -> Iterator[None]:
+def _leased(run: Storage) -> Iterator[Hold]:
     mine, theirs = _owner(), patiently(lambda: _lease(run))
     if theirs and "renewed" not in theirs:  # it holds a lock, which is not seen from here
         raise _refusal(run, theirs, _gone(run))
@@ -169,11 +220,11 @@ def _leased(run: Storage) -> Iterator[None]:
     lease = patiently(lambda: _lease(run))
     if lease.get("id") != mine["id"]:
         _refuse_living(run, lease)
-    stop = threading.Event()
-    thread = threading.Thread(target=_renew, args=(run, mine, stop), name="lease", daemon=True)
+    held, stop = _Lease(run, mine), threading.Event()
+    thread = threading.Thread(target=_renew, args=(run, held, stop), name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield held
     finally:
         stop.set()
         thread.join()
@@ -190,7 +241,7 @@ def _lease(run: Storage) -> dict[str, Any]:
     """The lease on a run; empty where there is none, or one that cannot be read."""
     try:
         return dict(run.read_json(LOCK) or {})
-    except ValueError:
+    except RunError:
         return {}
 
 
@@ -201,14 +252,11 @@ def _refuse_living(run: Storage, lease: dict[str, Any]) -> None:
         raise _refusal(run, lease, remedy)
 
 
-def _renew(run: Storage, mine: dict[str, Any], stop: threading.Event) -> None:
-    """Renew the lease until told to stop; a failed write is tried again, one lost is let go."""
+def _renew(run: Storage, held: _Lease, stop: threading.Event) -> None:
+    """Renew the lease until told to stop; a failed write is tried again."""
     while not stop.wait(_RENEW_S):
         try:
-            if _lease(run).get("id") != mine["id"]:
-                log.error("%s: another driver has taken the lease", run.url)
-                return
-            run.write_json(LOCK, {**mine, "renewed": time.time()})
+            held.renew()
         except Exception as error:
             log.warning("%s: the lease could not be renewed yet: %s", run.url, error)
 
@@ -217,13 +265,14 @@ def _renew(run: Storage, mine: dict[str, Any], stop: threading.Event) -> None:
 
 
 def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
-    """Files on disks that all nodes must see, and the setting that says where each is.
+    """Files that all nodes must see, by path or URL, and the setting that says where each is.
 
     One in each folder: that of the run, that of the shards where it is not below `run.storage`, and
-    the model's. What is remote is there for all. For shards that are still to come, the folder is
-    made and gets an empty file; where it cannot be written, those who prepare them say so.
+    the model's. A node may lack an object store's package or credentials as well as a mount. For
+    shards that are still to come, the folder is made and gets an empty file; where it cannot be
+    written, those who prepare them say so.
     """
-    needed = {run.at(CONFIG): "run.storage"} if run.is_local else {}
+    needed = {run.at(CONFIG) if run.is_local else run.location(CONFIG): "run.storage"}
     if config.model.source is not None and os.path.isdir(config.model.source):
         needed[config.model.source] = "model.source"
     begun_with = (run.read_json(PLAN) or {}).get("shards")

@@ -3,8 +3,8 @@
     Sight ── look ──> a task on every node that is new ──> unseen │ where │ problems
 
 A node that joins without the mount would find no shards there, and take every checkpoint for
-damaged: a healthy run would end with it. What is remote is there for all nodes; then nobody looks,
-and work may go anywhere.
+damaged; one without an object store's package or credentials could not even say so: a healthy run
+would end with it. In a Ray of this machine alone nobody looks, and work may go anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from tst_ray.checkpoint import one_line
+from tst_ray.errors import UserError
 from tst_ray.session import address_of, living_nodes, only_on, own_node
+from tst_ray.storage import Storage
 from tst_ray.timeouts import LOOK_S
 
 log = logging.getLogger(__name__)
@@ -56,8 +59,8 @@ class Sight:
     """The nodes that see what a run needs, and those that do not, or have not said so yet.
 
     Args:
-        needed: files that all must see, and the setting that says where each is; without any,
-            nobody looks.
+        needed: files that all must see, by path or URL, and the setting that says where each is;
+            without any, nobody looks.
     """
 
     def __init__(self, needed: Mapping[str, str] | None = None) -> None:
@@ -118,9 +121,20 @@ class Sight:
         return only_on(seeing) if seeing else {}
 
 
-def missing(paths: list[str]) -> list[str]:
-    """Those of the paths at which nothing is where this runs."""
-    return [path for path in paths if not os.path.exists(path)]
+def missing(paths: list[str]) -> dict[str, str]:
+    """Those of the paths and URLs at which nothing is seen from here; why, where that is known."""
+    found = {path: _why_not_seen(path) for path in paths}
+    return {path: why for path, why in found.items() if why is not None}
+
+
+def _why_not_seen(path: str) -> str | None:
+    if "://" not in path:
+        return None if os.path.exists(path) else ""
+    folder, _, name = path.rpartition("/")
+    try:
+        return None if Storage(folder).exists(name) else ""
+    except (OSError, UserError) as error:  # its package is not there, or the credentials are not
+        return one_line(error)
 
 
 def _begin(node: str, paths: list[str]) -> Any:
@@ -156,10 +170,11 @@ def _answer(task: Any, node: str, needed: Mapping[str, str]) -> tuple[bool, str 
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        paths = ray.get(task)
-        if not paths:
+        unseen = ray.get(task)
+        if not unseen:
             return True, None
-        what = f"does not see {paths[0]} ({needed[paths[0]]})"
+        path, why = next(iter(unseen.items()))
+        what = f"does not see {path} ({needed[path]})" + (f": {why}" if why else "")
     except RayTaskError as error:  # the look itself cannot fail
         what = f"cannot import this package ({str(error).strip().splitlines()[-1][:300]})"
     except RayError as error:  # the node went, or its memory did

@@ -31,7 +31,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tst_ray.checkpoint import committed
@@ -46,6 +46,7 @@ from tst_ray.journal import clear_stop, read_state, request_stop, update_state
 from tst_ray.metrics import EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
+from tst_ray.runstore import Hold
 from tst_ray.session import ASK_AGAIN_S, draining_nodes, own_node
 from tst_ray.sight import Sight
 from tst_ray.storage import Storage, patiently
@@ -83,6 +84,15 @@ def charge(run: Storage, part: str) -> None:
         log.warning("the account of time is late: %s", error)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds that a step took, in which phase, and on which nodes."""
+
+    step_s: float
+    phase: int
+    nodes: set[str]
+
+
 class Stage:
     """Trains one stage.
 
@@ -94,6 +104,7 @@ class Stage:
         say: tells the user a line.
         vaults: the memory of the cluster (`memory.Vaults`); None for none.
         sight: which nodes see what the run needs; None where all do.
+        held: the driver's hold on the run directory; None where nobody could take it.
     """
 
     def __init__(
@@ -106,9 +117,11 @@ class Stage:
         say: Say,
         vaults: Any = None,
         sight: Sight | None = None,
+        held: Hold | None = None,
     ) -> None:
         self.run, self.config, self.plan, self.phases = run, config, plan, phases
         self.job, self.say, self._vaults = job, say, vaults
+        self._held = held or Hold()
         self.failures = 0
         self._attempts = self._before = 0
         self._trains = False  # whether the group at work has finished a step, …
@@ -121,7 +134,7 @@ class Stage:
         self._folded_at = time.monotonic()
         self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
-        self._measured: dict[int, float] = {}  # world size -> seconds a step
+        self._measured: dict[int, _Measured] = {}  # by world size
         self._blind: set[str] = set()  # the nodes that were said not to see all
         self.room = Room(config, phases[0].min_workers, phases[0].max_workers, sight or Sight())
         self._trouble = ""  # what the supervisor met last
@@ -142,6 +155,7 @@ class Stage:
 
     def _attempt(self) -> Ended | None:
         """One attempt; None where it failed and another may follow."""
+        self._held.check()
         before = patiently(lambda: read_state(self.run))
         patiently(lambda: clear_stop(self.run))
         self._heed_interrupt()  # one that came before would be forgotten
@@ -166,6 +180,7 @@ class Stage:
         readers = self.room.sight.where()
         group = Group(self.run, self.job, world_size, self.room.without, readers)
         while not group.wait(_SUPERVISE_S):
+            self._held.check()
             try:
                 self._supervise(world_size, started)
             except Exception as error:  # the group trains on, whatever keeps us from seeing it
@@ -414,14 +429,19 @@ class Stage:
             return False
         room = self.room.possible(world_size)
         step_s = sorted(record["step_time_s"] for record in records)[len(records) // 2]
-        self._measured[world_size] = step_s
         step = records[-1]["step"]
+        phase, nodes = self.plan.phase_at(step - 1), self.room.nodes()
+        self._measured[world_size] = _Measured(step_s, phase.index, self._nodes_at_work())
         growth = Growth(
             world_size=world_size,
             possible=room,
-            num_sequences=self.plan.phase_at(step - 1).num_sequences,
+            num_sequences=phase.num_sequences,
             step_s=step_s,
-            measured=self._measured,
+            measured={
+                size: seen.step_s
+                for size, seen in self._measured.items()
+                if seen.phase == phase.index and seen.nodes <= nodes  # a slow one may be gone
+            },
             steps_left=self.job.last_step - step,
             restart_s=self._restart_s or self._start_s,
             since_resize_s=time.monotonic() - max(self._resized_at, self._trains_since),

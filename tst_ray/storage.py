@@ -208,11 +208,19 @@ class Storage:
                 self._ask(self._fs.rm, self.at(name) if name else self.path, recursive=True)
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's value; None where the file is missing."""
+        """A JSON file's value; None where the file is missing.
+
+        Raises:
+            RunError: it is damaged; says which.
+        """
         try:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise RunError(
+                f"{self.location(name)}: is no JSON ({error}); restore it from a copy"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file as a whole."""

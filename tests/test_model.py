@@ -12,14 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
 from tst_ray import chunked_loss
 from tst_ray import model as model_module
-from tst_ray.architecture import check_supported, describe, hf_config, logit_scale, make_model
+from tst_ray.architecture import (
+    check_supported,
+    describe,
+    hf_config,
+    ignored_fields,
+    logit_scale,
+    make_model,
+)
 from tst_ray.errors import ConfigError
 from tst_ray.model import SuperpositionLM, build_model
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
+from tst_ray.settings import read_shipped_model, shipped_models
 from tst_ray.superposition import bag_weights, multi_hot_cross_entropy, multi_hot_cross_entropy_alt
 
 B, L, S = 4, 6, 3
@@ -471,6 +480,67 @@ def test_a_source_that_is_not_there_is_refused() -> None:
 
 
 # -- what the losses would get wrong -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_a_shipped_models_fields_are_taken_as_given(name: str) -> None:
+    changed = section(config={**read_shipped_model(name), "rope_theta": 777.0})
+    config = hf_config(changed, vocab_size=None, eot_token=None)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 777.0}
+    assert ignored_fields(changed) == []
+
+
+@pytest.mark.parametrize(
+    "family, field, value, means",
+    [
+        ("qwen3", "rope_theta", 777.0, "rope_theta"),
+        ("gpt_neox", "rotary_emb_base", 777.0, "rope_theta"),
+        ("gpt_neox", "rotary_pct", 0.5, "partial_rotary_factor"),
+        ("phi", "partial_rotary_factor", 1.0, "partial_rotary_factor"),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "factor"),
+        ("llama", "rope_parameters", {"factor": 2.0}, "factor"),
+    ],
+)
+def test_older_spellings_change_a_source(
+    tmp_path: Path, family: str, field: str, value: Any, means: str
+) -> None:
+    source = AutoConfig.for_model(family)
+    source.rope_parameters["rope_theta"] = 5_000.0
+    source.save_pretrained(tmp_path)
+    changed = section(source=str(tmp_path), config={field: value})
+    config = hf_config(changed, vocab_size=None, eot_token=None)
+    value = value["factor"] if isinstance(value, dict) else value
+    assert config.rope_parameters == {
+        **source.rope_parameters,
+        **({"rope_type": "linear", "type": "linear"} if field == "rope_scaling" else {}),
+        means: value,
+    }
+    assert ignored_fields(changed) == []
+
+
+def test_what_kinds_of_layers_have_of_their_own_is_set_for_each(tmp_path: Path) -> None:
+    source = AutoConfig.for_model("gemma3_text")
+    source.save_pretrained(tmp_path)
+
+    def rope(**changes: Any) -> Any:
+        given = section(source=str(tmp_path), config=changes)
+        return hf_config(given, vocab_size=None, eot_token=None).rope_parameters
+
+    with pytest.raises(ConfigError, match=r"attention each have a rope_theta .*; set 777\.0 there"):
+        rope(rope_theta=777.0)
+    changed = rope(rope_parameters={"full_attention": {"rope_theta": 777.0}})
+    assert changed["full_attention"] == {
+        **source.rope_parameters["full_attention"],
+        "rope_theta": 777.0,
+    }
+    assert changed["sliding_attention"] == source.rope_parameters["sliding_attention"]
+
+
+def test_what_a_configuration_makes_of_a_field_is_told() -> None:
+    whole = {"model_type": "qwen3", "sliding_window": 16, "use_sliding_window": False}
+    assert ignored_fields(section(config=whole)) == [
+        "model.config.sliding_window = 16: it is ignored; qwen3 makes it None"
+    ]
 
 
 @pytest.mark.parametrize(

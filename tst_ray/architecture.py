@@ -33,6 +33,14 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k")
 _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _CHECK_VOCABULARY = 64
+_READ_OF_ANY = ("head_dim",)  # models read it where their configuration has no such field
+# Older spellings of what is in `rope_parameters` now; beside it, transformers ignores them.
+_ROPE_SPELLINGS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+}
 
 
 class ModelSection(Protocol):
@@ -105,7 +113,7 @@ def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int |
 def _read(section: ModelSection) -> Any:
     from transformers import AutoConfig
 
-    changes = dict(section.config)
+    changes, base_fields = dict(section.config), {}
     if section.source is not None:
         try:
             base = AutoConfig.from_pretrained(section.source)
@@ -115,7 +123,8 @@ def _read(section: ModelSection) -> Any:
                 f"be read ({one_line(error)}); give a folder with config.json, an id, or "
                 "model.config"
             ) from error
-        changes = {"model_type": base.model_type, **base.to_dict(), **changes}
+        base_fields = {"model_type": base.model_type, **base.to_dict()}
+    changes = {**base_fields, **_with_rope(changes, base_fields)}
     if "model_type" not in changes:
         raise ConfigError(
             "model.config: has no model_type; give one, such as llama, or give model.source"
@@ -133,6 +142,43 @@ def _read(section: ModelSection) -> Any:
         return AutoConfig.for_model(model_type, **changes)
     except Exception as error:  # whatever a configuration class raises about its fields
         raise ConfigError(f"model.config: {one_line(error)}") from error
+
+
+def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`given`, with all that it says of rotary positions in `rope_parameters`, over the base's.
+
+    Where there are none, transformers takes up the older spellings by itself.
+
+    Raises:
+        ConfigError: the kinds of layers have their own, and which of them is meant is not said.
+    """
+    rope = _merged(base.get("rope_parameters") or {}, given.get("rope_parameters") or {})
+    if not rope:
+        return given
+    scaling = given.get("rope_scaling") or {}
+    old = {new: given[name] for name, new in _ROPE_SPELLINGS.items() if name in given}
+    if kinds := [name for name, value in rope.items() if isinstance(value, dict)]:
+        for name, value in {**old, **scaling}.items():
+            if all(rope[kind].get(name) != value for kind in kinds):
+                raise ConfigError(
+                    f"model.config.rope_parameters: {', '.join(kinds)} each have a {name} of their "
+                    f"own; set {value} there, not for all"
+                )
+        return {**given, "rope_parameters": rope}
+    if "type" in scaling:  # an older spelling, too
+        scaling = {"rope_type": scaling["type"], **scaling}
+    rest = {k: v for k, v in given.items() if k not in _ROPE_SPELLINGS and k != "rope_scaling"}
+    return {**rest, "rope_parameters": {**rope, **scaling, **old}}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, and so for each mapping in both."""
+    both = {
+        name: _merged(base[name], value)
+        for name, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return {**base, **changes, **both}
 
 
 def _model_types() -> list[str]:
@@ -154,17 +200,24 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
 
 
 def ignored_fields(section: ModelSection) -> list[str]:
-    """The fields of `model.config` that transformers keeps and no model of that type reads.
+    """The fields of `model.config` that are not taken as given, a line each.
 
-    It keeps as it is what it does not know; older spellings (`rope_theta`) it takes up.
+    transformers keeps as it is what it does not know, and no model of that type reads it; some
+    fields a configuration works out from others.
     """
     if not section.config:
         return []
-    made = hf_config(section, vocab_size=None, eot_token=None)
-    default = type(made)()
-    known = {*default.to_dict(), *default.attribute_map}
-    kept = [name for name in section.config if name in vars(made) and name not in known]
-    return [name for name in kept if not hasattr(default, name)]
+    made = _read(section)
+    default, kind = type(made)(), made.model_type
+    known = {*default.to_dict(), *default.attribute_map, *_READ_OF_ANY}
+    lines = []
+    for name, given in section.config.items():
+        read = vars(made).get(made.attribute_map.get(name, name), given)
+        if name in vars(made) and name not in known and not hasattr(default, name):
+            lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
+        elif isinstance(given, int | float) and read != given:
+            lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")
+    return lines
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -408,11 +408,7 @@ def check_model(
     )
     longest = max(phase.latent_length for phase in plan.phases)
     check_supported(model, latent_length=longest)
-    remarks = [
-        f"model.config.{name}: {model.model_type} has no such field; it is ignored"
-        for name in ignored_fields(config.model)
-    ]
-    return remarks, describe(model)
+    return ignored_fields(config.model), describe(model)
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

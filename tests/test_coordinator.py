@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
+from tests.test_bad_input import arguments
+from tests.test_runs import write_text
+from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.coordinator import Coordinator, _begin, check_model, memory_problem
 from tst_ray.elastic import Node
 from tst_ray.errors import RunError
+from tst_ray.journal import read_state
 from tst_ray.plan import ModelShape, build_plan
+from tst_ray.runstore import read_events
 from tst_ray.storage import Storage
 
 GIB = 2.0**30
@@ -133,3 +138,18 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
     blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray"))
     names = ["check_model", "check_model", "export_model"]
     assert asked == [(name, frozenset({"blind"})) for name in names]
+
+
+def test_a_run_whose_last_steps_were_passed_over_is_finished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Storage(str(tmp_path / "bad"))
+    run.make()
+    run.write_json("passed_over.json", [{"first_step": 1, "last_step": 3}])
+    assert main(["run", *arguments(tmp_path, write_text(tmp_path / "text"))]) == 0
+    assert "plain" in (said := capfd.readouterr().out) and "1 worker, loss –" in said
+    state = read_state(run)
+    assert (state["status"], state["step"]) == ("finished", 4)
+    (finish,) = [event for event in read_events(run) if event["event"] == "finish"]
+    assert finish["val_loss"] == state["val_loss"] > 0
+    assert "loss" not in finish

@@ -61,6 +61,7 @@ from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
 
+_FINAL = ("loss", "val_loss")
 _EXPORT_BYTES = 8  # a parameter: the model in float32, and what is read into it
 
 
@@ -347,10 +348,9 @@ class Coordinator:
             next(r for r in reversed(records) if r["phase"] == phase.index)
             for phase in self.plan.phases
         )
-        val_loss = last[-1].get("val_loss")
-        step, final = last[-1]["step"], {"loss": last[-1]["loss"]}
-        if val_loss is not None:
-            final["val_loss"] = val_loss
+        step, val_loss = last[-1]["step"], last[-1].get("val_loss")
+        # a step that was passed over has no loss, and no text may have been held out
+        final = {name: last[-1][name] for name in _FINAL if last[-1].get(name) is not None}
         if not any(event["event"] == "finish" for event in read_events(run)):
             write_hparams(run, self.config.dump(), final, step)
             add_event(run, "finish", step=step, **final)

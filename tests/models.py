@@ -25,6 +25,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.01,
         "norm_topk_prob": True,
     },
+    "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.01},
     "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
 }

@@ -20,6 +20,7 @@ from tst_ray import model as model_module
 from tst_ray.architecture import (
     check_supported,
     describe,
+    experts,
     hf_config,
     ignored_fields,
     logit_scale,
@@ -279,6 +280,26 @@ def test_a_filler_next_to_real_rows_changes_no_bit() -> None:
         padded = torch.cat([batch[:2], torch.full_like(batch[:1], filler)])
         out = model(padded, phase, num_real=2)
         torch.testing.assert_close(out.loss, model(batch[:2], phase).loss)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_the_router_loss_is_the_switch_transformers(family: str) -> None:
+    """Of the routers' own logits: what transformers gives for them might be something else."""
+    phase = a_phase(bag_size=1, num_sequences=B, latent_length=L)
+    model = build_model(tiny(family), seed=0)
+    num_experts, top_k = experts(model.hf_model.config)
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    logits: list[Tensor] = []
+    for gate in gates:
+        torch.nn.init.normal_(gate.weight)  # far from even
+        gate.register_forward_pre_hook(
+            lambda gate, args: logits.append(args[0].flatten(0, -2) @ gate.weight.T)
+        )
+    told = model(tokens_for(phase), phase).router_loss
+    probs = torch.cat(logits).softmax(dim=-1)
+    assert (len(gates), probs.shape) == (2, (2 * B * L, num_experts))
+    sent = F.one_hot(probs.topk(top_k).indices, num_experts).sum(dim=1).float()
+    torch.testing.assert_close(told, num_experts * torch.sum(sent.mean(dim=0) * probs.mean(dim=0)))
 
 
 def test_the_router_loss_ignores_fillers() -> None:

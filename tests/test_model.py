@@ -509,6 +509,7 @@ def test_a_shipped_models_fields_are_taken_as_given(name: str) -> None:
     config = hf_config(changed, vocab_size=None, eot_token=None)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 777.0}
     assert ignored_fields(changed) == []
+    check_supported(config, latent_length=L)
 
 
 @pytest.mark.parametrize(
@@ -608,6 +609,15 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     with pytest.raises(ConfigError, match=message) as refusal:
         check_supported(tiny(family, **settings), latent_length=L)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_blocks_that_cannot_run_are_refused(family: str) -> None:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 3}
+    with pytest.raises(
+        ConfigError, match=f"^model.config: the blocks of {family} cannot run: .*key"
+    ):
+        check_supported(tiny(family, **sizes), latent_length=L)
 
 
 def test_an_attention_that_is_not_there_is_refused() -> None:

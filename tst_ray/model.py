@@ -26,11 +26,8 @@ N = n·L, E experts.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -48,6 +45,7 @@ from tst_ray.architecture import (
     hf_config,
     logit_scale,
     make_model,
+    one_text_a_row,
     seeded,
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
@@ -158,7 +156,7 @@ class SuperpositionLM(nn.Module):
             if isinstance(scale, Tensor) or scale != 1:
                 bags_nLd = bags_nLd * scale
             options["inputs_embeds"] = bags_nLd
-        with _one_text_a_row():
+        with one_text_a_row():
             out = self.hf_model.base_model(use_cache=False, **options)
         return out.last_hidden_state, out.router_logits if with_router else ()
 
@@ -249,21 +247,6 @@ class SuperpositionLM(nn.Module):
             self.set_requires_gradient_sync(is_last)
             self.set_is_last_backward(is_last)
             self.set_reshard_after_backward(is_last or self._reshard)
-
-
-@contextlib.contextmanager
-def _one_text_a_row() -> Iterator[None]:
-    """While transformers masks attention, it need not look for several texts packed in a row.
-
-    It would look at the positions' values, and so wait for the device in each forward pass.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    with contextlib.ExitStack() as stack:
-        if hasattr(masking_utils, name):
-            stack.enter_context(mock.patch.object(masking_utils, name, lambda positions: None))
-        yield
 
 
 def _inputs_and_targets(tokens: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:

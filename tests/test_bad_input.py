@@ -16,6 +16,7 @@ import pytest
 from pipelines.manifest import Manifest
 from tests.test_runs import SETTINGS, write_text
 from tst_ray.cli import main
+from tst_ray.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,29 @@ def test_a_field_that_no_model_reads_is_told(
     said = capfd.readouterr().out
     assert "model.config.num_layers: llama has no such field; it is ignored" in said
     assert said.count("it is ignored") == 1
+
+
+def test_a_gpu_that_is_not_there_is_told_before_the_text_is_tokenized(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = refused(capsys, 2, arguments(tmp_path, text, cluster__gpus_per_worker=1))
+    assert said.startswith("tst-ray: cluster.gpus_per_worker = 1: torch sees no GPU")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_an_error_of_training_is_told_in_a_line(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr("tst_ray.worker.Trainer.train_step", fails)
+    said = refused(capsys, 1, arguments(tmp_path, None, **prepared(shards)))
+    assert said.startswith(f"tst-ray: {tmp_path / 'bad'}: RuntimeError: out of memory and more; ")
+    events = Storage(str(tmp_path / "bad")).read_lines("events.jsonl")
+    (traceback,) = [event["traceback"] for event in events if event["event"] == "error"]
+    assert "train_phases" in traceback and "in fails" in traceback
 
 
 def test_an_override_without_its_sign_is_explained(capsys: Capsys) -> None:

@@ -399,8 +399,16 @@ def check_model(
     Raises:
         ConfigError: with the reason.
     """
+    import torch
+
     from tst_ray.architecture import check_supported, describe, hf_config, ignored_fields
 
+    cluster = config.cluster
+    if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
+        raise ConfigError(
+            f"cluster.gpus_per_worker = {cluster.gpus_per_worker:g}: torch sees no GPU on this "
+            "machine; set 0, or cluster.backend=ray on a cluster that has some"
+        )
     model = hf_config(
         config.model,
         vocab_size=manifest.vocab_size if manifest else None,

@@ -30,14 +30,16 @@ from __future__ import annotations
 import logging
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipelines.errors import DataError, one_line
 from tst_ray.checkpoint import committed
 from tst_ray.config import Config
 from tst_ray.elastic import Growth, growth_pays
-from tst_ray.errors import Interrupted, RunError
+from tst_ray.errors import Interrupted, RunError, UserError
 from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
 from tst_ray.interrupts import Interrupts
@@ -199,17 +201,30 @@ class Stage:
         return ended
 
     def _inline(self) -> Ended:
-        """Train in this process: one worker, no Ray."""
+        """Train in this process: one worker, no Ray.
+
+        Raises:
+            RunError: training failed; its traceback is an event, since nothing else logs it.
+        """
         from pipelines.ingest import read_inline
         from tst_ray.worker import train
 
         device = "cuda" if self.config.cluster.gpus_per_worker else "cpu"
         feeds = self.job.feeds
-        return train(
-            self.job,
-            Place(device=device),
-            lambda phase, step: read_inline(feeds[phase.index], step),
-        )
+        try:
+            return train(
+                self.job,
+                Place(device=device),
+                lambda phase, step: read_inline(feeds[phase.index], step),
+            )
+        except (UserError, DataError, OSError):  # told in a line as they are
+            raise
+        except Exception as error:
+            try_event(self.run, "error", traceback=traceback.format_exc())
+            raise RunError(
+                f"{self.run.url}: {type(error).__name__}: {one_line(error)}; see events.jsonl "
+                "there for where; the same command tries again"
+            ) from error
 
     def _take(self, ended: Ended | None) -> None:
         """Act on how an attempt ended; return where the next one, if any, may start."""

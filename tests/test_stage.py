@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,10 @@ from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.elastic import Node
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
+from tst_ray.guard import Guard
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
+from tst_ray.model import build_model
 from tst_ray.room import Room, steadily
 from tst_ray.runstore import Hold, Overtaken
 from tst_ray.sight import Sight
@@ -672,3 +677,33 @@ def test_a_driver_whose_node_goes_ends_with_a_checkpoint(
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage._take(Ended(4, INTERRUPT))
     assert caught.value.exit_status == 143
+
+
+def test_without_ray_a_model_is_gone_before_the_next_is_built(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a roll-back, two would be held at once."""
+    built: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    observe = Guard.observe
+
+    def build(*args: Any, **options: Any) -> Any:
+        alive.append(sum(model() is not None for model in built))
+        model = build_model(*args, **options)
+        built.append(weakref.ref(model))
+        return model
+
+    def mistrust(guard: Guard, step: int, loss: float, norm: float) -> str | None:
+        return observe(guard, step, math.nan if step == 4 and len(built) == 1 else loss, norm)
+
+    monkeypatch.setattr("tst_ray.worker.build_model", build)
+    monkeypatch.setattr(Guard, "observe", mistrust)
+    job = make_job(make_config(tmp_path, manifest, fault__max_skipped=1), manifest)
+    stage = Stage(Storage(job.run_url), job.config, job.plan, job.plan.phases, job, print)
+    gc.disable()  # it might happen to run in between
+    try:
+        stage.train()
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+    assert not any(model() for model in built)

@@ -27,6 +27,7 @@ looks again. Between two groups it waits for them, as long as `timeouts.STORAGE_
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -225,6 +226,8 @@ class Stage:
                 f"{self.run.url}: {type(error).__name__}: {one_line(error)}; see events.jsonl "
                 "there for where; the same command tries again"
             ) from error
+        finally:
+            gc.collect()  # the trainer is in a cycle, and what is built next needs its model's room
 
     def _take(self, ended: Ended | None) -> None:
         """Act on how an attempt ended; return where the next one, if any, may start."""

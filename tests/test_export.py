@@ -76,6 +76,21 @@ def test_a_folder_with_other_files_is_left_alone(run: Storage, tmp_path: Path) -
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_a_model_is_replaced_where_it_is_all_there_is(run: Storage, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    export_run(run, str(place), step=2)
+    (place / "model-00001-of-00002.safetensors").write_text("of a larger one")
+    export_run(run, str(place))
+    assert not (place / "model-00001-of-00002.safetensors").exists()
+    (place / "notes").mkdir()
+    (place / "notes" / "precious.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds other files than a model \(notes\); name an empty"):
+        export_run(run, str(place))
+    assert (place / "notes" / "precious.txt").read_text() == "mine"
+    Path(run.at("model/README.md")).write_text("of an older version")
+    export_run(run)  # its own folder is the run's
+
+
 def test_samples_are_text(run: Storage) -> None:
     samples = sample_text(run.at("model"), num_samples=2, length=5)
     assert len(samples) == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from tst_ray.metrics import add_event
 from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _MAX_SAMPLED_BYTES = 4 << 30
 
 
@@ -39,7 +41,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
         the checkpoint's step, and the folder.
 
     Raises:
-        RunError: there is no run, no checkpoint, or none intact.
+        RunError: there is no run, no checkpoint, or none intact; or the folder holds other files.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
     from transformers.utils import logging as transformers_logging
@@ -71,7 +73,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     with tempfile.TemporaryDirectory() as scratch:
         model.hf_model.save_pretrained(scratch)
         _copy_tokenizer(Storage(manifest.tokenizer_folder), Path(scratch))
-        _publish(Path(scratch), Storage(target))
+        _publish(Path(scratch), Storage(target), is_ours=folder is None)
     return info.step, target
 
 
@@ -153,8 +155,15 @@ def _copy_tokenizer(source: Storage, target: Path) -> None:
         (target / name).write_bytes(source.read(name))
 
 
-def _publish(scratch: Path, target: Storage) -> None:
-    """Move the finished folder into place: a reader never sees half of one."""
+def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:
+    """Move the finished folder into place: a reader never sees half of one.
+
+    Args:
+        is_ours: whether nobody else's files are there: it is the run directory's.
+
+    Raises:
+        RunError: other files are there, which would be lost.
+    """
     json.loads((scratch / "config.json").read_text())  # written, and whole
     if not target.is_local:
         target.make()
@@ -162,8 +171,10 @@ def _publish(scratch: Path, target: Storage) -> None:
             target.upload(str(path), path.name)
         return
     place = Path(target.path)
-    if place.exists() and not _may_replace(place):
-        raise RunError(f"{place}: holds other files than a model; name an empty or a new folder")
+    if others := [] if is_ours else _others(place, {path.name for path in scratch.iterdir()}):
+        raise RunError(
+            f"{place}: holds other files than a model ({others[0]}); name an empty or a new folder"
+        )
     fresh = place.with_name(f".{place.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(scratch, fresh)
@@ -175,7 +186,9 @@ def _publish(scratch: Path, target: Storage) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _may_replace(place: Path) -> bool:
-    """Whether a folder is empty, or a model that was written here before."""
-    names = {path.name for path in place.iterdir()} if place.is_dir() else {"a file"}
-    return not names or ("config.json" in names and any(n.endswith(".safetensors") for n in names))
+def _others(place: Path, written: set[str]) -> list[str]:
+    """What a folder holds beside a model as it is written here, which replacing it would lose."""
+    if not place.is_dir():
+        return ["a file"] if place.exists() else []
+    names = sorted(path.name for path in place.iterdir())
+    return [name for name in names if name not in written and not _WEIGHTS.fullmatch(name)]

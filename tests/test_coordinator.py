@@ -15,9 +15,10 @@ from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.coordinator import Coordinator, _begin, check_model, memory_problem
 from tst_ray.elastic import Node
-from tst_ray.errors import RunError
+from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state
 from tst_ray.plan import ModelShape, build_plan
+from tst_ray.report import plan_facts
 from tst_ray.runstore import read_events
 from tst_ray.storage import Storage
 
@@ -30,6 +31,15 @@ def shape() -> ModelShape:
     remarks, shape = check_model(config, build_plan(config), None)
     assert not remarks
     return shape
+
+
+@pytest.mark.parametrize("facts", [plan_facts, lambda c: check_model(c, build_plan(c), None)])
+def test_the_positions_of_evaluation_count_where_phases_have_fewer(facts: Any) -> None:
+    phases = "--phases=[{bag_size: 4, steps: 8, fold: none}]"
+    config = load_config(None, [phases, "--model.config.max_position_embeddings=63"])
+    assert [phase.latent_length for phase in build_plan(config).phases] == [16]
+    with pytest.raises(ConfigError, match=r"= 63: shorter than train.sequence_length = 64"):
+        facts(config)
 
 
 def test_checkpoints_in_memory_take_half_of_the_object_stores_at_the_most(

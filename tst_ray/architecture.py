@@ -387,7 +387,8 @@ def check_supported(config: Any, *, latent_length: int) -> None:
     """Refuse, by name, a model that training would compute wrongly or not at all.
 
     Args:
-        latent_length: positions of a sequence that the model sees.
+        latent_length: positions of the longest sequence that the model sees: that of evaluation,
+            which no phase's are longer than.
 
     Raises:
         ConfigError: with the field, its value and what would do.

@@ -414,8 +414,7 @@ def check_model(
         vocab_size=manifest.vocab_size if manifest else None,
         eot_token=manifest.eot_token if manifest else None,
     )
-    longest = max(phase.latent_length for phase in plan.phases)
-    check_supported(model, latent_length=longest)
+    check_supported(model, latent_length=plan.sequence_length)
     return ignored_fields(config.model), describe(model)
 
 

@@ -294,6 +294,16 @@ def test_each_refusal_is_one_line(override: str, says: str) -> None:
     ("overrides", "says"),
     [
         (["--tst.loss=mce_alt", "--tst.weighting=power_law"], "mce_alt has no weights of places"),
+        (["--tst.mode=input_only", "--tst.loss=mce_alt"], 'tst.loss = "mce_alt": tst.mode=input_o'),
+        (
+            ["--tst.mode=input_only", "--tst.weighting=exponential"],
+            'weighting = "exponential": tst.mode=input_only has one target a position; leave it u',
+        ),
+        (
+            ["--tst.mode=output_only", "--tst.fold=batch", "--tst.bag_size=6"],
+            'tst.fold = "batch": tst.mode=output_only has no bags to cut texts into; leave it seq',
+        ),
+        (["--phases=[{bag_size: 2, steps: 5, fold: none, mode: output_only}]"], "phases[0].fold ="),
         (["--tst.fold=batch", "--tst.bag_size=6"], "set a multiple of 6, such as 66"),
         (["--tst.fold=none", "--tst.bag_size=6"], "train.sequence_length = 64: tst.fold=none cuts"),
         (["--cluster.backend=inline", "--cluster.workers=2"], "cluster.backend=inline is one proc"),
@@ -315,7 +325,7 @@ def test_settings_that_cannot_work_together_are_refused(overrides: list[str], sa
 
 
 def test_settings_that_look_alike_but_work_are_taken() -> None:
-    load_config(None, ["--tst.fold=batch", "--tst.bag_size=6", "--tst.mode=output_only"])
+    load_config(None, ["--tst.fold=batch", "--tst.bag_size=1", "--tst.mode=output_only"])
     load_config(None, ["--cluster.workers=[16, 99]"])
     load_config(None, ["--tst.fold=batch", "--tst.workers=64"])  # bags make 64 sequences of 16
     load_config(None, ["--train.warmup=0", "--train.decay=6000"])

@@ -98,8 +98,6 @@ def test_the_demo() -> None:
         ("none", "full", 16, 16, 64),
         ("none", "input_only", 16, 16, 64),
         ("sequence", "output_only", 16, 64, 64),
-        ("batch", "output_only", 16, 64, 64),
-        ("none", "output_only", 16, 64, 64),
     ],
 )
 def test_folds_and_modes(

@@ -131,13 +131,7 @@ def _phase_problems(config: Config) -> Iterator[Problem]:
 
 def _fold_problems(config: Config, phase: PhaseConfig, where: SettingPath) -> Iterator[Problem]:
     batch, length, bag = config.train.batch_size, config.train.sequence_length, phase.bag_size
-    if phase.loss == "mce_alt" and phase.weighting != "uniform":
-        yield Problem(
-            (*where, "weighting"),
-            f"{dotted((*where, 'loss'))}=mce_alt has no weights of places; leave it uniform, or "
-            "take mce",
-            (where,),
-        )
+    yield from _mode_problems(phase, where)
     about: tuple[SettingPath, ...] = (("train", "batch_size"), ("train", "sequence_length"), where)
     if phase.mode != "output_only" and phase.fold != "sequence" and length % bag:
         yield Problem(
@@ -155,6 +149,20 @@ def _fold_problems(config: Config, phase: PhaseConfig, where: SettingPath) -> It
             f"never train; allow {num_sequences} or fewer, or raise train.batch_size",
             about,
         )
+
+
+def _mode_problems(phase: PhaseConfig, where: SettingPath) -> Iterator[Problem]:
+    """Settings of a phase that its mode or loss leaves without a meaning."""
+    mode, loss = (f"{dotted((*where, name))}={getattr(phase, name)}" for name in ("mode", "loss"))
+    one_target = phase.mode == "input_only"
+    for name, plain, is_idle, why in (
+        ("fold", "sequence", phase.mode == "output_only", f"{mode} has no bags to cut texts into"),
+        ("loss", "mce", one_target, f"{mode} has one target a position"),
+        ("weighting", "uniform", one_target, f"{mode} has one target a position"),
+        ("weighting", "uniform", phase.loss == "mce_alt", f"{loss} has no weights of places"),
+    ):
+        if is_idle and phase.bag_size > 1 and getattr(phase, name) != plain:
+            yield Problem((*where, name), f"{why}; leave it {plain}", (where,))
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

@@ -620,6 +620,16 @@ def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
     assert look("1", 3) == []
 
 
+def test_a_stage_has_no_more_workers_than_its_steps_have_sequences(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    """Of a batch of 5, cut into bags: 20 sequences a step in phase one, 5 in phase two."""
+    stage = Supervised(tmp_path, manifest, "[2, 64]", tst__fold="batch")
+    assert [phase.num_sequences for phase in stage.phases] == [20, 5]
+    assert (stage.room.least, stage.room.most) == (2, 5)
+    assert Supervised(tmp_path / "few", manifest, "[2, 4]").room.most == 4
+
+
 def test_checkpoints_in_memory_are_where_workers_are_or_may_come(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

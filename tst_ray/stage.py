@@ -139,7 +139,9 @@ class Stage:
         self._restart_s: float | None = None  # of a group that was asked to stop, as measured
         self._measured: dict[int, _Measured] = {}  # by world size
         self._blind: set[str] = set()  # the nodes that were said not to see all
-        self.room = Room(config, phases[0].min_workers, phases[0].max_workers, sight or Sight())
+        # more workers than a step has sequences would have fillers alone
+        most = min(phases[0].max_workers, *(phase.num_sequences for phase in phases))
+        self.room = Room(config, phases[0].min_workers, most, sight or Sight())
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:

@@ -98,14 +98,20 @@ def test_model_spellings_mean_the_same() -> None:
 
 def test_model_fields_change_a_shipped_model() -> None:
     overrides = ["--model=paper-270m", "--model.config.hidden_size=128"]
-    assert load_config(None, overrides).model.config == {
-        **read_shipped_model("paper-270m"),
-        "hidden_size": 128,
-    }
+    for either_order in (overrides, overrides[::-1]):
+        assert load_config(None, either_order).model.config == {
+            **read_shipped_model("paper-270m"),
+            "hidden_size": 128,
+        }
     assert load_config(None, ["--model.config.num_hidden_layers=3"]).model.config == {
         **read_shipped_model("demo-0.4m"),
         "num_hidden_layers": 3,
     }
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load_config(None, ["--train.steps=5", "--train.steps=7"]).train.steps == 7
+    assert load_config(None, ["--model=paper-3b", "--model=demo-0.4m"]) == load_config(None)
 
 
 def test_a_hugging_face_id_is_left_to_be_loaded() -> None:

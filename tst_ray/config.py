@@ -92,13 +92,15 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a YAML file or the name of a shipped one ("paper-270m"); None is the demo.
-        overrides: `--section.field=value`, the value in YAML; the last one wins.
+        overrides: `--section.field=value`, the value in YAML; of two for the same the last one
+            wins, and one for a whole section leaves those for its fields, in either order.
 
     Raises:
         ConfigError: with everything that is wrong, a line each.
     """
     raw = _read_file(path) if path is not None else {}
-    failures = [line for line in (_override(raw, text) for text in overrides) if line]
+    in_order = sorted(overrides, key=lambda text: text.partition("=")[0].count("."))
+    failures = [line for line in (_override(raw, text) for text in in_order) if line]
     return parse_config(raw, failures)
 
 

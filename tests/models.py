@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from tst_ray.architecture import hf_config
+from tst_ray.model_config import hf_config
 from tst_ray.plan import Phase
 
 VOCAB = 50

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIST = """
     errors settings checks config timeouts goodput plan storage corpus chunked_loss bag_kernels
-    superposition architecture model optim checkpoint sharded checkpointer guard background curves
-    metrics watchdog journal job batches speed saving worker elastic suspects network interrupts
-    forkclient forkserver session sight runstore memory group room stage display export coordinator
-    report bench cli run
+    superposition model_config architecture model optim checkpoint sharded checkpointer guard
+    background curves metrics watchdog journal job batches speed saving worker elastic suspects
+    network interrupts forkclient forkserver session sight runstore memory group room stage display
+    export coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

@@ -21,13 +21,12 @@ from tst_ray.architecture import (
     check_supported,
     describe,
     experts,
-    hf_config,
-    ignored_fields,
     logit_scale,
     make_model,
 )
 from tst_ray.errors import ConfigError
 from tst_ray.model import SuperpositionLM, build_model
+from tst_ray.model_config import hf_config, ignored_fields
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.settings import read_shipped_model, shipped_models
 from tst_ray.superposition import bag_weights, multi_hot_cross_entropy, multi_hot_cross_entropy_alt

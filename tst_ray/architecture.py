@@ -1,6 +1,5 @@
-"""Hugging Face configurations: read, checked and counted, without weights.
+"""Hugging Face models by their configuration: made, checked and counted, without weights.
 
-    hf_config         the model section of a run → a transformers configuration
     check_supported   refuses, by name, what the two losses would compute wrongly
     describe          parameters and shapes, for the plan
     anatomy           where a model keeps its embedding, blocks and output layer
@@ -14,11 +13,10 @@ taken out and a small vocabulary, both ways.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,27 +31,6 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k")
 _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _CHECK_VOCABULARY = 64
-_READ_OF_ANY = ("head_dim",)  # models read it where their configuration has no such field
-# Older spellings of what is in `rope_parameters` now; beside it, transformers ignores them.
-_ROPE_SPELLINGS = {
-    "rope_theta": "rope_theta",
-    "rotary_emb_base": "rope_theta",
-    "partial_rotary_factor": "partial_rotary_factor",
-    "rotary_pct": "partial_rotary_factor",
-}
-
-
-class ModelSection(Protocol):
-    """What `hf_config` reads; `tst_ray.config.ModelConfig` has it."""
-
-    @property
-    def source(self) -> str | None: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def pretrained(self) -> bool: ...
-    @property
-    def attention(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,173 +48,6 @@ class Anatomy:
     embedding: nn.Embedding
     blocks: nn.ModuleList
     head: nn.Linear
-
-
-# -- reading -----------------------------------------------------------------------------------
-
-
-def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int | None) -> Any:
-    """The transformers configuration that a model section means.
-
-    From scratch, the vocabulary and the end-of-text token are the tokenizer's. A pretrained model
-    keeps its own vocabulary, which the tokenizer must fit into.
-
-    Args:
-        section: source, config, pretrained, attention.
-        vocab_size, eot_token: the tokenizer's; None where there is none yet (a dry run).
-
-    Raises:
-        ConfigError: the source or the model type is unknown, or the model is no decoder-only
-            causal language model.
-    """
-    config = _read(section)
-    _check_kind(config)
-    config._attn_implementation = section.attention
-    config.dtype = torch.float32
-    if section.pretrained:
-        if vocab_size is not None and vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"data.tokenizer: has {vocab_size} tokens, more than the {config.vocab_size} that "
-                f"the pretrained model {section.source} knows; use that model's own tokenizer, "
-                f"data.tokenizer={section.source}"
-            )
-        return config
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-    # a special token of another vocabulary may lie outside this one, and nothing is padded
-    config.bos_token_id = config.eos_token_id = eot_token
-    config.pad_token_id = None
-    return config
-
-
-def _read(section: ModelSection) -> Any:
-    from transformers import AutoConfig
-
-    changes, base_fields = dict(section.config), {}
-    if section.source is not None:
-        try:
-            base = AutoConfig.from_pretrained(section.source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
-                f"be read ({one_line(error)}); give a folder with config.json, an id, or "
-                "model.config"
-            ) from error
-        base_fields = {"model_type": base.model_type, **base.to_dict()}
-    changes = {**base_fields, **_with_rope(changes, base_fields)}
-    if "model_type" not in changes:
-        raise ConfigError(
-            "model.config: has no model_type; give one, such as llama, or give model.source"
-        )
-    model_type = changes.pop("model_type")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ConfigError(
-            f"model.config.model_type = {model_type!r}: transformers does not know it"
-            f"{_nearest(str(model_type), _model_types())}"
-        ) from error
-    _check_spelling(section.config, default)
-    try:
-        return AutoConfig.for_model(model_type, **changes)
-    except Exception as error:  # whatever a configuration class raises about its fields
-        raise ConfigError(f"model.config: {one_line(error)}") from error
-
-
-def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """`given`, with all that it says of rotary positions in `rope_parameters`, over the base's.
-
-    Where there are none, transformers takes up the older spellings by itself.
-
-    Raises:
-        ConfigError: the kinds of layers have their own, and which of them is meant is not said.
-    """
-    rope = _merged(base.get("rope_parameters") or {}, given.get("rope_parameters") or {})
-    if not rope:
-        return given
-    scaling = given.get("rope_scaling") or {}
-    old = {new: given[name] for name, new in _ROPE_SPELLINGS.items() if name in given}
-    if kinds := [name for name, value in rope.items() if isinstance(value, dict)]:
-        for name, value in {**old, **scaling}.items():
-            if all(rope[kind].get(name) != value for kind in kinds):
-                raise ConfigError(
-                    f"model.config.rope_parameters: {', '.join(kinds)} each have a {name} of their "
-                    f"own; set {value} there, not for all"
-                )
-        return {**given, "rope_parameters": rope}
-    if "type" in scaling:  # an older spelling, too
-        scaling = {"rope_type": scaling["type"], **scaling}
-    rest = {k: v for k, v in given.items() if k not in _ROPE_SPELLINGS and k != "rope_scaling"}
-    return {**rest, "rope_parameters": {**rope, **scaling, **old}}
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, and so for each mapping in both."""
-    both = {
-        name: _merged(base[name], value)
-        for name, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(name), dict)
-    }
-    return {**base, **changes, **both}
-
-
-def _model_types() -> list[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return list(CONFIG_MAPPING_NAMES)
-
-
-def _check_spelling(given: dict[str, Any], default: Any) -> None:
-    """Refuse a field that transformers would keep and ignore, where it looks like a known one.
-
-    Fields that look like none are left: real configurations carry many that one class ignores.
-    """
-    known = {*default.to_dict(), *default.attribute_map}
-    for name in given:
-        near = "" if name in known or hasattr(default, name) else _nearest(name, known)
-        if near:
-            raise ConfigError(f"model.config.{name}: {default.model_type} has no such field{near}")
-
-
-def ignored_fields(section: ModelSection) -> list[str]:
-    """The fields of `model.config` that are not taken as given, a line each.
-
-    transformers keeps as it is what it does not know, and no model of that type reads it; some
-    fields a configuration works out from others.
-    """
-    if not section.config:
-        return []
-    made = _read(section)
-    default, kind = type(made)(), made.model_type
-    known = {*default.to_dict(), *default.attribute_map, *_READ_OF_ANY}
-    lines = []
-    for name, given in section.config.items():
-        read = vars(made).get(made.attribute_map.get(name, name), given)
-        if name in vars(made) and name not in known and not hasattr(default, name):
-            lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
-        elif isinstance(given, int | float) and read != given:
-            lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")
-    return lines
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _check_kind(config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"model: {kind} is an encoder-decoder; give a decoder-only model")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(
-            f"model: transformers has no causal language model for {kind}; give another, "
-            "such as llama"
-        )
-    if not isinstance(getattr(config, "vocab_size", None), int):
-        raise ConfigError(f"model: {kind} does not read text alone; give a text-only model")
 
 
 # -- parts -------------------------------------------------------------------------------------

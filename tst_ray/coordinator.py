@@ -401,7 +401,8 @@ def check_model(
     """
     import torch
 
-    from tst_ray.architecture import check_supported, describe, hf_config, ignored_fields
+    from tst_ray.architecture import check_supported, describe
+    from tst_ray.model_config import hf_config, ignored_fields
 
     cluster = config.cluster
     if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():

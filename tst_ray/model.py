@@ -42,7 +42,6 @@ from tst_ray.architecture import (
     describe,
     embedding_scale,
     experts,
-    hf_config,
     logit_scale,
     make_model,
     one_text_a_row,
@@ -50,6 +49,7 @@ from tst_ray.architecture import (
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
 from tst_ray.errors import ConfigError
+from tst_ray.model_config import hf_config
 from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
 
@@ -293,7 +293,7 @@ def build_model(
     process in float32 trains a plain module, without FSDP.
 
     Args:
-        hf_config: from `architecture.hf_config`.
+        hf_config: from `model_config.hf_config`.
         pretrained: a Hugging Face folder or id whose weights to start from; None starts from seed.
         seed: of the weights.
         weights: False leaves them undefined, for a checkpoint to be loaded over them: a large model

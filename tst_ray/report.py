@@ -43,7 +43,8 @@ def plan_facts(config: Config) -> dict[str, Any]:
 
     Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
     """
-    from tst_ray.architecture import check_supported, describe, hf_config
+    from tst_ray.architecture import check_supported, describe
+    from tst_ray.model_config import hf_config
 
     plan = build_plan(config)
     manifest = find_prepared(config)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from pipelines.ingest import BatchMismatch, Columns, check_batch, load_manifest
 from pipelines.order import digest, named_spans
 from pipelines.permute import combine
-from tst_ray.architecture import describe, hf_config
+from tst_ray.architecture import describe
 from tst_ray.batches import Validation, micro_batches, timed, to_device
 from tst_ray.checkpoint import CheckpointInfo, Ranks
 from tst_ray.errors import RunError
@@ -33,6 +33,7 @@ from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, GROW, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model, join_group
+from tst_ray.model_config import hf_config
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
 from tst_ray.plan import Phase
 from tst_ray.saving import Saving

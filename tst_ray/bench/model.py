@@ -37,7 +37,8 @@ def mfu() -> list[Figure]:
 def _measured(name: str, least: float | None) -> Iterator[Figure]:
     import torch
 
-    from tst_ray.architecture import describe, hf_config
+    from tst_ray.architecture import describe
+    from tst_ray.model_config import hf_config
     from tst_ray.speed import peak_flops
 
     on_gpu = torch.cuda.is_available()

@@ -213,8 +213,8 @@ def bare_steps(overrides: list[str], steps: int) -> None:
     """Print the median seconds of a step of each phase: what `_bare_loop` runs."""
     import torch
 
-    from tst_ray.architecture import hf_config
     from tst_ray.model import build_model
+    from tst_ray.model_config import hf_config
     from tst_ray.optim import build_optimizer, clip_grad_norm
 
     config = load_config(None, overrides)

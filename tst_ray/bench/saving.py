@@ -101,9 +101,9 @@ def _measured(state: dict[str, Any], saves: int) -> list[Figure]:
 def _state(changes: dict[str, int]) -> dict[str, Any]:
     import torch
 
-    from tst_ray.architecture import hf_config
     from tst_ray.config import load_config
     from tst_ray.model import build_model
+    from tst_ray.model_config import hf_config
     from tst_ray.optim import build_optimizer
     from tst_ray.worker import full_state
 

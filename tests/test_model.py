@@ -483,6 +483,10 @@ def test_from_scratch_takes_the_tokenizers_vocabulary(tmp_path: Path) -> None:
             {"model_type": "llama", "num_hiden_layers": 2},
             "model.config.num_hiden_layers: llama has no such field; did you mean num_hidden",
         ),
+        (
+            {"model_type": "llama", "rope_parameters": {"factor": 2.0}, "rope_scaling": "linear"},
+            "model.config.rope_scaling = linear: must be a mapping",
+        ),
         ({"model_type": "t5"}, "model: t5 is an encoder-decoder"),
         ({"model_type": "vit"}, "model: transformers has no causal language model for vit"),
         ({"model_type": "llama", "hidden_size": "wide"}, "model.config: .*hidden_size"),

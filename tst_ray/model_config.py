@@ -111,8 +111,12 @@ def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     Where there are none, transformers takes up the older spellings by itself.
 
     Raises:
-        ConfigError: the kinds of layers have their own, and which of them is meant is not said.
+        ConfigError: the kinds of layers have their own, and which of them is meant is not said; or
+            it is no mapping.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(given.get(name) or {}, dict):
+            raise ConfigError(f"model.config.{name} = {given[name]}: must be a mapping of fields")
     rope = _merged(base.get("rope_parameters") or {}, given.get("rope_parameters") or {})
     if not rope:
         return given

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
 from tst_ray import chunked_loss
@@ -621,6 +622,16 @@ def test_blocks_that_cannot_run_are_refused(family: str) -> None:
         ConfigError, match=f"^model.config: the blocks of {family} cannot run: .*key"
     ):
         check_supported(tiny(family, **sizes), latent_length=L)
+
+
+def test_a_kernel_that_only_workers_may_have_refuses_no_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacks(*args: Any, **options: Any) -> Any:
+        raise ImportError("no module named kernels")
+
+    monkeypatch.setattr(LlamaMLP, "forward", lacks)
+    check_supported(tiny("llama"), latent_length=L)
 
 
 def test_an_attention_that_is_not_there_is_refused() -> None:

@@ -307,7 +307,7 @@ def test_each_refusal_is_one_line(override: str, says: str) -> None:
         ),
         (
             ["--tst.mode=output_only", "--tst.fold=batch", "--tst.bag_size=6"],
-            'tst.fold = "batch": tst.mode=output_only has no bags to cut texts into; leave it seq',
+            'tst.fold = "batch": tst.mode=output_only cuts no bags; leave it seq',
         ),
         (["--phases=[{bag_size: 2, steps: 5, fold: none, mode: output_only}]"], "phases[0].fold ="),
         (["--tst.fold=batch", "--tst.bag_size=6"], "set a multiple of 6, such as 66"),

@@ -156,7 +156,7 @@ def _mode_problems(phase: PhaseConfig, where: SettingPath) -> Iterator[Problem]:
     mode, loss = (f"{dotted((*where, name))}={getattr(phase, name)}" for name in ("mode", "loss"))
     one_target = phase.mode == "input_only"
     for name, plain, is_idle, why in (
-        ("fold", "sequence", phase.mode == "output_only", f"{mode} has no bags to cut texts into"),
+        ("fold", "sequence", phase.mode == "output_only", f"{mode} cuts no bags"),
         ("loss", "mce", one_target, f"{mode} has one target a position"),
         ("weighting", "uniform", one_target, f"{mode} has one target a position"),
         ("weighting", "uniform", phase.loss == "mce_alt", f"{loss} has no weights of places"),

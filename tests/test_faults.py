@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -375,6 +376,22 @@ def test_the_lines_of_a_committed_step_stand(
     assert train_on(job) == Ended(6, "done")
     assert sorted(there) == ["2", "4", "6"]
     assert all(steps[: int(step)] == list(range(1, int(step) + 1)) for step, steps in there.items())
+
+
+def test_the_lines_of_a_committed_checkpoint_outlast_a_power_cut(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job(tmp_path, manifest, train__steps=6)
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    assert train_on(job) == Ended(6, "done")
+    names = [name.removeprefix(".").rpartition(".")[0] or name for name in synced]
+    assert names.index("metrics") < names.index("COMMITTED")
 
 
 def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Manifest) -> None:

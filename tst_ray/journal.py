@@ -23,7 +23,7 @@ from typing import Any
 from tst_ray.background import Background
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
-from tst_ray.metrics import MetricsLog, drop_after, recent_records, try_event
+from tst_ray.metrics import METRICS, MetricsLog, drop_after, recent_records, try_event
 from tst_ray.plan import Plan
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import STOP_POLL_S
@@ -212,6 +212,7 @@ class Journal:
         """
         if self._metrics is not None:
             self._background.run(self._metrics.flush)
+            self.run.sync(METRICS)
 
     def stop_reason(self) -> str | None:
         """Why the driver wants the group to stop; None where it does not (or on other ranks)."""

@@ -156,6 +156,12 @@ class Storage:
             gap = b"\n" if before and not before.endswith(b"\n") else b""
             self.write(name, before + gap + text.encode())
 
+    def sync(self, name: str) -> None:
+        """Make what was appended to a local file outlast a power cut. Raises OSError."""
+        if self.is_local and self.exists(name):
+            with open(self.at(name), "rb") as file:
+                os.fsync(file.fileno())
+
     def add(self, name: str, text: str) -> None:
         """Add whole lines to a log that other processes add to as well. Raises OSError."""
         if self.is_local:

@@ -394,6 +394,23 @@ def test_the_lines_of_a_committed_checkpoint_outlast_a_power_cut(
     assert names.index("metrics") < names.index("COMMITTED")
 
 
+def test_a_checkpoint_is_not_waited_for_until_the_watchdog_ends_the_worker(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job(tmp_path, manifest, train__steps=6, fault__start_s=100)
+    waited: list[float] = []
+
+    def ask(action: Callable[[], Any], patience_s: float) -> Any:
+        waited.append(patience_s)
+        return action()
+
+    with Faults().fail_at(5).injected(), pytest.raises(RuntimeError, match="injected"):
+        train_on(job)
+    monkeypatch.setattr("tst_ray.checkpoint.patiently", ask)
+    assert train_on(job) == Ended(6, "done")
+    assert waited == [50.0]
+
+
 def test_the_account_of_a_run_that_failed_adds_up(tmp_path: Path, manifest: Manifest) -> None:
     job = tiny_job(tmp_path, manifest, checkpoint__async="false")
     with Faults().fail_at(25).injected():
@@ -588,7 +605,7 @@ def test_a_checkpoint_that_was_passed_by_does_not_come_back(
             train_on(job)
     with monkeypatch.context() as trouble, Faults().fail_at(7).injected():
         trouble.setattr(Storage, "sha256", sha256)
-        trouble.setattr("tst_ray.checkpoint._PATIENCE_S", 0.0)
+        trouble.setattr("tst_ray.saving.STORAGE_S", 0.0)
         with pytest.raises(RuntimeError, match="injected at step 7"):
             train_on(job)
     assert train_on(job) == Ended(12, "done")

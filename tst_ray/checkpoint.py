@@ -170,7 +170,10 @@ class Ranks:
 
 
 def find_good(
-    roots: Sequence[Storage], on_event: OnEvent, ranks: Ranks | None = None
+    roots: Sequence[Storage],
+    on_event: OnEvent,
+    ranks: Ranks | None = None,
+    patience_s: float | None = None,
 ) -> CheckpointInfo | None:
     """The newest checkpoint that verifies; None where none was ever committed to the last folder.
 
@@ -182,6 +185,8 @@ def find_good(
             last is storage; what is before it are copies, which a run can do without.
         on_event: told of "checkpoint_damaged" (rank 0 only).
         ranks: who verifies; this process alone unless given.
+        patience_s: how long the first one in storage that cannot be read is tried; as long as a run
+            waits for storage, unless given.
 
     Raises:
         RunError: there are committed checkpoints in storage, and all are damaged.
@@ -194,8 +199,9 @@ def find_good(
     unread: str | None = None
     for info in candidates:
         is_stored = info.folder.url.startswith(f"{roots[-1].url}/")
-        patience_s = _PATIENCE_S if is_stored and unread is None else _SHORT_PATIENCE_S
-        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size, patience_s))
+        long_s = _PATIENCE_S if patience_s is None else patience_s
+        tries_s = long_s if is_stored and unread is None else _SHORT_PATIENCE_S
+        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size, tries_s))
         bad = [verdict for verdict in verdicts if verdict.problem is not None]
         if not bad:
             if ranks.rank == 0:

@@ -86,7 +86,10 @@ class Saving:
 
     def newest_good(self) -> CheckpointInfo | None:
         """The newest checkpoint that verifies, in memory or storage; see `checkpoint.find_good`."""
-        return find_good([saver.root for saver in self._savers()], self._journal.event, self._ranks)
+        roots = [saver.root for saver in self._savers()]
+        # Well before the watchdog takes a start for a hang.
+        patience_s = min(STORAGE_S, self._job.config.fault.start_s / 2)
+        return find_good(roots, self._journal.event, self._ranks, patience_s)
 
     def is_in_memory(self, info: CheckpointInfo) -> bool:
         """Whether a checkpoint is one of those in memory."""

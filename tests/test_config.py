@@ -109,6 +109,12 @@ def test_model_fields_change_a_shipped_model() -> None:
     }
 
 
+def test_phases_replace_what_stands_before_them() -> None:
+    phases = "--phases=[{bag_size: 4, steps: 5}, {bag_size: 1, steps: 5}]"
+    config = load_config(None, ["--tst.bag_size=8", phases, "--train.steps=10"])
+    assert config.phases is not None and len(config.phases) == 2
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(None, ["--train.steps=5", "--train.steps=7"]).train.steps == 7
     assert load_config(None, ["--model=paper-3b", "--model=demo-0.4m"]) == load_config(None)

@@ -13,13 +13,13 @@ from tests.test_bad_input import arguments
 from tests.test_runs import write_text
 from tst_ray.cli import main
 from tst_ray.config import load_config
-from tst_ray.coordinator import Coordinator, _begin, check_model, memory_problem
+from tst_ray.coordinator import Coordinator, State, _begin, check_model, memory_problem
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
-from tst_ray.journal import read_state
+from tst_ray.journal import read_state, update_state
 from tst_ray.plan import ModelShape, build_plan
 from tst_ray.report import plan_facts
-from tst_ray.runstore import read_events
+from tst_ray.runstore import Hold, Overtaken, read_events, run_storage
 from tst_ray.storage import Storage
 
 GIB = 2.0**30
@@ -93,6 +93,34 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
         assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
     with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
         wait()
+
+
+class Lost(Hold):
+    """A hold on a run that another driver has taken."""
+
+    def check(self) -> None:
+        raise Overtaken("another driver has taken this run")
+
+
+def test_an_overtaken_driver_leaves_no_mark_on_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may learn of it by its workers, to whom another attempt is a failure."""
+    config = load_config(None, [f"--run.storage={tmp_path}", "--cluster.backend=inline"])
+    driver = Coordinator(config, SimpleNamespace(say=lambda text: None))
+
+    def taken(run: Storage, *args: Any) -> None:
+        driver._enter(State.TRAIN)
+        update_state(run, status="running", attempt=7)
+        monkeypatch.setattr(driver, "_held", Lost())
+        raise RunError("another attempt of this run has taken over; this one ends")
+
+    monkeypatch.setattr(driver, "_drive", taken)
+    with pytest.raises(Overtaken):
+        driver.run()
+    run = run_storage(config)
+    assert (read_state(run)["status"], read_state(run)["attempt"]) == ("running", 7)
+    assert run.read_lines("events.jsonl") == []
 
 
 class Blind:

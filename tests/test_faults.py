@@ -450,16 +450,14 @@ def test_saving_between_two_phases_is_charged_as_saving(
     write = Storage.write
 
     def slowly(storage: Storage, name: str, content: Any) -> None:
-        time.sleep(0.5 if name == MARKER else 0.0)
+        if name == MARKER and storage.url.endswith(f"{switch:08d}"):
+            time.sleep(3.0)  # much longer than all else, on a busy machine too
         write(storage, name, content)
 
     monkeypatch.setattr(Storage, "write", slowly)
     train_on(job)
-    saves = len(events_of(job, "checkpoint"))
     parts = read_state(Storage(job.run_url))["time"]["parts"]
-    assert saves > 1
-    assert 0.5 * saves < parts["checkpoint_stall"] < 0.5 * saves + 0.4
-    assert parts["startup"] + parts["restart"] < 0.4
+    assert parts["startup"] + parts["restart"] < 3.0 < parts["checkpoint_stall"]
 
 
 def test_steps_whose_lines_had_not_been_written_count_as_repeated(
@@ -509,24 +507,6 @@ def test_a_last_checkpoint_is_not_tried_for_ever(
     monkeypatch.setattr("tst_ray.saving.STORAGE_S", 1.0)  # 0.5 s, and once more
     assert train_on(job) == Ended(4, "done")
     assert [e["step"] for e in events_of(job, "checkpoint_failed")] == [4] * 3
-
-
-@pytest.mark.parametrize("reason", ["grow", "preemption"])
-def test_a_group_does_not_end_to_grow_while_it_cannot_be_saved(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, reason: str
-) -> None:
-    """Where its node will be taken away, waiting would not help."""
-    disk = FullDisk(monkeypatch, "/checkpoints/")
-    job = tiny_job(tmp_path, manifest, train__steps=20, checkpoint__async="false")
-
-    def fill(step: int) -> None:
-        disk.full = 3 <= step < 7
-        if step == 5:
-            monkeypatch.setattr("tst_ray.journal.Journal.stop_reason", lambda journal: reason)
-
-    monkeypatch.setattr("tst_ray.saving.STORAGE_S", 0.0)
-    ended = train_on(job, fill)
-    assert ended == Ended(9 if reason == "grow" else 6, reason)
 
 
 def test_no_checkpoint_is_taken_of_steps_whose_lines_are_not_written(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models import FAMILIES, OPTIMIZER, VOCAB, a_phase, section, tiny
@@ -507,6 +507,28 @@ def test_a_source_that_is_not_there_is_refused() -> None:
 # -- what the losses would get wrong -----------------------------------------------------------
 
 
+def test_an_older_spelling_that_is_taken_up_is_not_called_ignored() -> None:
+    taken = section(config={"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 5e5})
+    assert ignored_fields(taken) == []
+    rope = hf_config(taken, vocab_size=None, eot_token=None).rope_parameters
+    assert (rope["partial_rotary_factor"], rope["rope_theta"]) == (0.5, 5e5)
+
+
+def test_nothing_in_place_of_the_rotary_positions_takes_the_sources_away(tmp_path: Path) -> None:
+    source = LlamaConfig(
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}
+    )
+    source.save_pretrained(tmp_path)
+
+    def rope(**changes: Any) -> Any:
+        given = section(source=str(tmp_path), config=changes)
+        return hf_config(given, vocab_size=None, eot_token=None).rope_parameters
+
+    assert rope(rope_theta=None) == source.rope_parameters
+    assert rope(rope_scaling=None) == {"rope_type": "default", "rope_theta": 777.0}
+    assert rope(rope_parameters=None)["rope_type"] == "default"
+
+
 @pytest.mark.parametrize("name", shipped_models())
 def test_a_shipped_models_fields_are_taken_as_given(name: str) -> None:
     changed = section(config={**read_shipped_model(name), "rope_theta": 777.0})
@@ -624,11 +646,20 @@ def test_blocks_that_cannot_run_are_refused(family: str) -> None:
         check_supported(tiny(family, **sizes), latent_length=L)
 
 
-def test_a_kernel_that_only_workers_may_have_refuses_no_model(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no module named kernels"),
+        RuntimeError("Expected x.is_cuda() to be true, but got false."),
+        RuntimeError("Tensor on device meta has no size"),
+    ],
+    ids=["not there", "only on a GPU", "needs values"],
+)
+def test_a_kernel_that_only_workers_may_run_refuses_no_model(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def lacks(*args: Any, **options: Any) -> Any:
-        raise ImportError("no module named kernels")
+        raise error
 
     monkeypatch.setattr(LlamaMLP, "forward", lacks)
     check_supported(tiny("llama"), latent_length=L)

@@ -156,6 +156,16 @@ def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.M
 
     monkeypatch.setattr(Storage, "exists", refuse)
     assert sight_module.missing([here]) == {here: "403 forbidden"}
+    answers = [OSError("503"), True]
+
+    def flaky(self: Storage, name: str = "") -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Storage, "exists", flaky)
+    assert sight_module.missing([here]) == {}, "it was asked again"
 
 
 def test_where_all_see_nobody_looks(looks: Looks) -> None:

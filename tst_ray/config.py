@@ -93,15 +93,23 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: a YAML file or the name of a shipped one ("paper-270m"); None is the demo.
         overrides: `--section.field=value`, the value in YAML; of two for the same the last one
-            wins, and one for a whole section leaves those for its fields, in either order.
+            wins, and one for more of a section (`--model`) leaves those for its fields, in either
+            order.
 
     Raises:
         ConfigError: with everything that is wrong, a line each.
     """
     raw = _read_file(path) if path is not None else {}
-    in_order = sorted(overrides, key=lambda text: text.partition("=")[0].count("."))
-    failures = [line for line in (_override(raw, text) for text in in_order) if line]
+    failures = [line for line in (_override(raw, text) for text in _in_order(overrides)) if line]
     return parse_config(raw, failures)
+
+
+def _in_order(overrides: Sequence[str]) -> list[str]:
+    """Section after section as they are first named; of each, what names more of it first."""
+    names = [text.removeprefix("--").partition("=")[0].split(".") for text in overrides]
+    sections = [name[0] for name in names]
+    keys = [(sections.index(name[0]), len(name)) for name in names]
+    return [text for _, text in sorted(zip(keys, overrides, strict=True), key=lambda pair: pair[0])]
 
 
 def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config:

@@ -40,7 +40,6 @@ from tst_ray.runstore import (
     MANIFEST,
     PLAN,
     Hold,
-    Overtaken,
     needed_everywhere,
     open_run,
     read_events,
@@ -141,6 +140,7 @@ class Coordinator:
                     return self._drive(run, "inline", self._begin_check("inline"))
                 return self._with_ray(run)
             except BaseException as error:
+                self._held.check()  # then what failed is of no matter, and the run not ours to mark
                 self._record_failure(run, error)
                 if isinstance(error, (DataError, OSError)):  # the text's, or storage's
                     raise RunError(f"{run.url}: {error}") from error
@@ -148,8 +148,6 @@ class Coordinator:
 
     def _record_failure(self, run: Storage, error: BaseException) -> None:
         """Note how the run stopped; what was refused before training changes nothing."""
-        if isinstance(error, Overtaken):
-            return  # the run goes on under another driver
         trained = self.state not in (State.PREPARE, State.PLAN)
         self.state = State.FAILED
         asked = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
@@ -186,6 +184,7 @@ class Coordinator:
                         return self._drive(run, "ray", check)
                 finally:
                     with contextlib.suppress(Exception):  # what ended the run is what to tell
+                        self._held.check()
                         ask_autoscaler(self.config, 0)  # else the cluster would stay large
 
     def _check_cluster(self, run: Storage, is_local: bool) -> None:

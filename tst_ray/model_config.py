@@ -108,7 +108,8 @@ def _read(section: ModelSection) -> Any:
 def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """`given`, with all that it says of rotary positions in `rope_parameters`, over the base's.
 
-    Where there are none, transformers takes up the older spellings by itself.
+    Where there are none, transformers takes up the older spellings by itself. Where there are, it
+    ignores them; but what stands beside a shipped model's is an override of it.
 
     Raises:
         ConfigError: the kinds of layers have their own, and which of them is meant is not said; or
@@ -117,11 +118,13 @@ def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(given.get(name) or {}, dict):
             raise ConfigError(f"model.config.{name} = {given[name]}: must be a mapping of fields")
+    if "rope_parameters" in given and given["rope_parameters"] is None:
+        return given  # the base's are taken away
     rope = _merged(base.get("rope_parameters") or {}, given.get("rope_parameters") or {})
     if not rope:
         return given
     scaling = given.get("rope_scaling") or {}
-    old = {new: given[name] for name, new in _ROPE_SPELLINGS.items() if name in given}
+    old = {new: given[name] for name, new in _ROPE_SPELLINGS.items() if given.get(name) is not None}
     if kinds := [name for name, value in rope.items() if isinstance(value, dict)]:
         for name, value in {**old, **scaling}.items():
             if all(rope[kind].get(name) != value for kind in kinds):
@@ -130,6 +133,9 @@ def _with_rope(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
                     f"own; set {value} there, not for all"
                 )
         return {**given, "rope_parameters": rope}
+    if "rope_scaling" in given and given["rope_scaling"] is None:  # the base's is taken away
+        plain = {name: rope[name] for name in _ROPE_SPELLINGS.values() if name in rope}
+        rope = {"rope_type": "default", **plain}
     if "type" in scaling:  # an older spelling, too
         scaling = {"rope_type": scaling["type"], **scaling}
     rest = {k: v for k, v in given.items() if k not in _ROPE_SPELLINGS and k != "rope_scaling"}
@@ -175,10 +181,14 @@ def ignored_fields(section: ModelSection) -> list[str]:
     made = _read(section)
     default, kind = type(made)(), made.model_type
     known = {*default.to_dict(), *default.attribute_map, *_READ_OF_ANY}
+    rope = getattr(made, "rope_parameters", None) or {}
     lines = []
     for name, given in section.config.items():
         read = vars(made).get(made.attribute_map.get(name, name), given)
-        if name in vars(made) and name not in known and not hasattr(default, name):
+        is_known = name not in vars(made) or name in known or hasattr(default, name)
+        if (new := _ROPE_SPELLINGS.get(name)) in rope:
+            read, is_known = rope[new], True
+        if not is_known:
             lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
         elif isinstance(given, int | float) and read != given:
             lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")

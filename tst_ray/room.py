@@ -35,7 +35,7 @@ Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
-_LONGEST_BAR_S = 6 * 3600.0
+_LONGEST_BAR_S = 3600.0
 
 
 def steadily(look: Callable[[], Value]) -> Value:

@@ -20,12 +20,13 @@ from typing import Any
 from tst_ray.checkpoint import one_line
 from tst_ray.errors import UserError
 from tst_ray.session import address_of, living_nodes, only_on, own_node
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import LOOK_S
 
 log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.1
+_PATIENCE_S = 60.0  # of a look, with storage that does not answer; less than LOOK_S
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 600.0
 """Before a node is looked at again, twice as long each time: a look keeps it from being idle, and
 an autoscaler from taking it away."""
@@ -131,9 +132,16 @@ def _why_not_seen(path: str) -> str | None:
     if "://" not in path:
         return None if os.path.exists(path) else ""
     folder, _, name = path.rpartition("/")
+
+    def look() -> str | None:
+        try:
+            return None if Storage(folder).exists(name) else ""
+        except (PermissionError, UserError) as error:  # no credentials, or not the package
+            return one_line(error)
+
     try:
-        return None if Storage(folder).exists(name) else ""
-    except (OSError, UserError) as error:  # its package is not there, or the credentials are not
+        return patiently(look, _PATIENCE_S)
+    except OSError as error:
         return one_line(error)
 
 

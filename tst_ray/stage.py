@@ -179,6 +179,7 @@ class Stage:
             return self._inline()
         self._trains = False
         world_size = self._wait_for_room()
+        self._held.check()
         self._attempts += 1
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
@@ -190,6 +191,7 @@ class Stage:
                 self._supervise(world_size, started)
             except Exception as error:  # the group trains on, whatever keeps us from seeing it
                 self._note_trouble(error)
+        self._held.check()
         if self._asked:
             self._restart_s = time.monotonic() - self._asked_at + self._start_s
         try:
@@ -333,6 +335,7 @@ class Stage:
             while (room := steadily(self.room.now)) < least:
                 if self._interrupts.by is not None:
                     raise self._interrupted()
+                self._held.check()
                 time.sleep(_SUPERVISE_S)
                 charge(self.run, "waiting_for_nodes")
                 self._tell_of_the_blind()
@@ -470,6 +473,8 @@ class Stage:
         if growth_pays(replace(growth, possible=self.room.most), gain=cluster.growth_gain):
             self.room.ask()
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
+        if pays and self._saves_fail():
+            return False  # a healthy group does not end while nothing could be saved of it
         if pays:
             try_event(
                 self.run,
@@ -485,6 +490,13 @@ class Stage:
                 f"{growth.saved_s:.0f} s and costs {growth.restart_s:.0f} s"
             )
         return pays
+
+    def _saves_fail(self) -> bool:
+        """Whether storage did not take the last checkpoint that was tried."""
+        events = self.run.tail_records(EVENTS, _TAIL_BYTES)
+        kinds = [event["event"] for event in events if not event.get("memory")]
+        tries = [kind for kind in kinds if kind in ("checkpoint", "checkpoint_failed")]
+        return tries[-1:] == ["checkpoint_failed"]
 
     def _records_now(self, world_size: int) -> list[dict[str, Any]]:
         """The newest lines of metrics.jsonl that this group wrote."""

@@ -23,6 +23,8 @@ to say, and the outer ones only catch what it cannot:
     the places of a group, to be given      GROUP_START_S        the nodes are counted again, and
                                                                    so many workers not tried again
                                                                    for NO_ROOM_S, where fewer do
+                                                                   (up to an hour, where a group
+                                                                   that trained was ended for it)
     a new node, to say whether it sees      LOOK_S               it is left out, and asked again
       the run's folder                                             later
     storage to answer, where a run cannot   STORAGE_S            an error: of a worker, the attempt

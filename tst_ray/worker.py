@@ -30,7 +30,7 @@ from tst_ray.batches import Validation, micro_batches, timed, to_device
 from tst_ray.checkpoint import CheckpointInfo, Ranks
 from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
-from tst_ray.job import DONE, FAILED_SAVES, GROW, ROLLBACK, STOPS, Ended, Job, Place
+from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model, join_group
 from tst_ray.model_config import hf_config
@@ -247,10 +247,7 @@ class Trainer:
         if self.place.rank == 0:
             if self.saving.failed >= self.config.fault.max_failed_saves:
                 return STOPS.index(FAILED_SAVES) + 1
-            reason = self.journal.stop_reason()
-            if reason == GROW and self.saving.failed:
-                reason = None  # a healthy group does not end while nothing could be saved of it
-            if reason:
+            if reason := self.journal.stop_reason():
                 return STOPS.index(reason) + 1
             if self.saving.is_overdue():
                 return _SAVE

@@ -1,14 +1,14 @@
 """Token shards: the format of a prepared corpus, how it is written and how it is read.
 
-    tokens ── ShardWriter.add ──> <source>/<split>-<unit>-<part>.parquet
+    tokens ── ShardWriter.add ──> <source>/<split>-<key>-<part>.parquet
     Manifest ── TokenReader.read(start, stop) ──> tokens
 
 A prepared folder, on a local path or any URI that pyarrow or fsspec opens:
 
     manifest.json                            counts, dtype, tokenizer fingerprint, checksums
     tokenizer/                               an ordinary Hugging Face tokenizer folder
-    <source>/train-00000-00000.parquet       unit number, part number
-    <source>/validation-00000-00000.parquet
+    <source>/train-<key>-00000.parquet       by the unit's key and the part (units.py); a number
+    <source>/validation-<key>-00000.parquet  stands for the key in folders of older versions
     units/                                   what is finished; preparation.json: with what settings
 
 A shard is Parquet that any reader opens. Column `tokens` (list<uint16 or uint32>): a row is

@@ -8,8 +8,8 @@
                                               └──> shards and records, then manifest.json
 
 A unit's key is a hash of the settings, the tokenizer and its files' names, sizes and times, so a
-unit is done again only if one of these changed. It then gets a number that no unit had before:
-good shards are never altered or deleted, and a reader by an older manifest goes on undisturbed.
+unit is done again only if one of these changed. Its shards are named by its key: good shards are
+never altered or deleted, and a reader by an older manifest goes on undisturbed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from pipelines.units import (
     Record,
     finished_records,
     kept_records,
-    number_units,
     record_shards,
     run_inline,
     run_on_ray,
@@ -297,9 +296,8 @@ def _all_records(
     """The record of every unit, in the corpus's order: kept, or made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
     units = {_hash([salt, asdict(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
-    finished = finished_records(job.folder)
-    records = kept_records(job.folder, set(units), finished)
-    todo = number_units({key: unit for key, unit in units.items() if key not in records}, finished)
+    records = kept_records(job.folder, set(units), finished_records(job.folder))
+    todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""
     log(f"tokenizing {len(todo):,} units of work{kept}")
     total = sum(unit.size for unit in units.values())

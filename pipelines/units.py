@@ -1,15 +1,15 @@
 """Units of work: one unit's files become its shards, in a plain loop or as Ray Data tasks.
 
-    NumberedUnit ── tokenize_unit ──> <source>/<split>-<number>-<part>.parquet, …
-                                          then units/<key>.json, the record that commits them
+    key, Unit ── tokenize_unit ──> <source>/<split>-<key>-<part>.parquet, …
+                                       then units/<key>.json, the record that commits them
 
 A unit without a record was not finished. A unit's key is a hash of all that its shards depend on,
-so a record found under a wanted key is finished work, as long as its shards are whole.
+so a record found under a wanted key is finished work, as long as its shards are whole. Shards are
+named by it as well: two who prepare one folder at a time write one file only where it is the same.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pickle
@@ -54,15 +54,6 @@ class Job:
     max_shard_tokens: int
 
 
-@dataclass(frozen=True)
-class NumberedUnit:
-    """A unit with its key and the number that its shards are named by."""
-
-    unit: Unit
-    key: str
-    number: int
-
-
 @lru_cache(maxsize=1)
 def _encoder(tokenizer_json: str) -> Tokenizer:
     """The tokenizer for plain text: nothing added or cut, and no text taken for a special token."""
@@ -75,16 +66,15 @@ def _encoder(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
-def tokenize_unit(job: Job, numbered: NumberedUnit) -> Record:
+def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
     """Write one unit's shards and then the record that commits them, which is returned.
 
     Raises DataError where storage fails, or for an unreadable text when those are refused.
     """
-    unit = numbered.unit
     writers = {
         split: ShardWriter(
             job.folder,
-            f"{unit.source}/{split}-{numbered.number:05d}",
+            f"{unit.source}/{split}-{key[:16]}",
             dtype=job.dtype,
             row_tokens=job.row_tokens,
             max_shard_tokens=job.max_shard_tokens,
@@ -92,8 +82,7 @@ def tokenize_unit(job: Job, numbered: NumberedUnit) -> Record:
         for split in SPLITS
     }
     record: Record = {
-        "key": numbered.key,
-        "number": numbered.number,
+        "key": key,
         "source": unit.source,
         "documents": 0,
         "text_bytes": 0,
@@ -109,7 +98,7 @@ def tokenize_unit(job: Job, numbered: NumberedUnit) -> Record:
     for split, writer in writers.items():
         record[split] = [asdict(shard) for shard in writer.close()]
     filesystem, root = locate(job.folder)
-    write_atomically(filesystem, _record_path(root, numbered.key), json.dumps(record).encode())
+    write_atomically(filesystem, _record_path(root, key), json.dumps(record).encode())
     return record
 
 
@@ -155,16 +144,16 @@ def _encode(job: Job, texts: list[Text]) -> Iterator[np.ndarray]:
 # ── all units: in a loop, or through Ray Data ────────────────────────────────────────────────────
 
 
-def run_inline(job: Job, units: list[NumberedUnit]) -> Iterator[Record]:
-    for numbered in units:
-        yield tokenize_unit(job, numbered)
+def run_inline(job: Job, units: dict[str, Unit]) -> Iterator[Record]:
+    for key, unit in units.items():
+        yield tokenize_unit(job, key, unit)
 
 
-def run_on_ray(job: Job, units: list[NumberedUnit]) -> Iterator[Record]:
+def run_on_ray(job: Job, units: dict[str, Unit]) -> Iterator[Record]:
     """One Ray Data task per unit (for very many units: per few), a core each."""
     import ray
 
-    items = [{"unit": pickle.dumps(numbered)} for numbered in units]
+    items = [{"unit": pickle.dumps(item)} for item in units.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 10_000))
     dataset.context.enable_progress_bars = False
     for row in dataset.map(_ray_row, fn_kwargs={"job": job}, num_cpus=1).iter_rows():
@@ -177,7 +166,7 @@ def _ray_row(row: dict[str, bytes], *, job: Job) -> dict[str, str]:
     """A unit's outcome as a row: JSON, as the tables between tasks need equal columns."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task was given one core
     try:
-        record = tokenize_unit(job, pickle.loads(row["unit"]))
+        record = tokenize_unit(job, *pickle.loads(row["unit"]))
     except DataError as error:  # told by the driver in its one line, not by Ray in many
         return {"record": "", "error": str(error)}
     return {"record": json.dumps(record), "error": ""}
@@ -224,16 +213,3 @@ def kept_records(folder: str, keys: set[str], finished: dict[str, Record]) -> di
 
 def record_shards(record: Record, split: str) -> tuple[Shard, ...]:
     return tuple(Shard(**shard) for shard in record[split])
-
-
-def number_units(units: dict[str, Unit], finished: dict[str, Record]) -> list[NumberedUnit]:
-    """Give each unit its old number, or else the first ones that no finished unit ever had.
-
-    So an interrupted preparation, gone on with, names its shards as an undisturbed one does.
-    """
-    taken = {record["number"] for record in finished.values()}
-    free = (number for number in itertools.count() if number not in taken)
-    return [
-        NumberedUnit(unit, key, finished[key]["number"] if key in finished else next(free))
-        for key, unit in units.items()
-    ]

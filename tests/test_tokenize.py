@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,9 +67,9 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     whole = units.tokenize_unit
 
-    def watched(job: units.Job, numbered: units.NumberedUnit) -> units.Record:
-        seen.append(numbered.unit.files[0].path)
-        return whole(job, numbered)
+    def watched(job: units.Job, key: str, unit: corpus.Unit) -> units.Record:
+        seen.append(unit.files[0].path)
+        return whole(job, key, unit)
 
     monkeypatch.setattr(units, "tokenize_unit", watched)
     return seen
@@ -141,7 +142,7 @@ def test_the_manifest_counts_what_there_is(sources: list[SourceSpec], folder: st
         {"path": "17.txt", "reason": "not UTF-8 at byte 4 (invalid start byte)"},
     )
     assert len(books.train.shards) > 3
-    assert books.train.shards[0].file == "books/train-00000-00000.parquet"
+    assert re.fullmatch(r"books/train-[0-9a-f]{16}-00000\.parquet", books.train.shards[0].file)
     for source in manifest.sources:
         for split in (source.train, source.validation):
             assert split.tokens == sum(shard.tokens for shard in split.shards)
@@ -274,6 +275,57 @@ def test_only_changed_files_are_tokenized_again(
     # Whoever still reads by the older manifest reads what it promised.
     verify_checksums(before)
     np.testing.assert_array_equal(split_tokens(before, "books", "train"), old)
+
+
+def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path
+) -> None:
+    others: list[Manifest] = []
+
+    def progress(done: int, total: int) -> None:
+        if len(tokenized) == 1:  # text is added, and another one prepares it all meanwhile
+            (tmp_path / "books" / "00a.txt").write_text("A chapter that is new.\n" * 40)
+            others.append(prepared(sources, folder))
+
+    first = prepared(sources, folder, progress=progress)
+    for manifest in (first, *others):
+        verify_checksums(manifest)
+    tokenized.clear()
+    assert [prepared(sources, folder)] == others
+    assert tokenized == []
+
+
+def number_shards(folder: str) -> None:
+    """Name a folder's shards by numbers, as older versions did."""
+    for number, path in enumerate(sorted(Path(folder, "units").iterdir())):
+        record = json.loads(path.read_text())
+        key = record["key"][:16]
+        for shard in Path(folder).glob(f"*/*-{key}-*"):
+            shard.rename(str(shard).replace(key, f"{number:05d}"))
+        text = json.dumps({**record, "number": number}).replace(f"-{key}-", f"-{number:05d}-")
+        path.write_text(text)
+        manifest = Path(folder, "manifest.json")
+        manifest.write_text(manifest.read_text().replace(f"-{key}-", f"-{number:05d}-"))
+
+
+def test_a_folder_of_numbered_shards_stays_good(
+    sources: list[SourceSpec], folder: str, tokenized: list[str]
+) -> None:
+    fingerprint = prepared(sources, folder).fingerprint
+    number_shards(folder)
+    tokenized.clear()
+    numbered = prepared(sources, folder)
+    Path(folder, "manifest.json").unlink()
+    assert prepared(sources, folder) == numbered
+    assert numbered.fingerprint == fingerprint and tokenized == []
+    shards = numbered.source("books").train.shards
+    Path(folder, shards[1].file).unlink()
+    again = prepared(sources, folder)
+    assert len(tokenized) == 1
+    verify_checksums(again)
+    assert again.fingerprint == fingerprint
+    files = [shard.file for shard in again.source("books").train.shards]
+    assert sum(shard.file in files for shard in shards) == len(shards) - 1
 
 
 def test_a_moved_folder_is_still_finished(

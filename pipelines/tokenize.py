@@ -36,6 +36,7 @@ from pipelines.storage import locate, read_bytes, write_atomically
 from pipelines.texts import Unreadable, read_file, sample_texts
 from pipelines.tokenizer import (
     TRAIN,
+    is_whole,
     load_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
@@ -197,14 +198,14 @@ def _check_choices(
 
 
 def _unchanged(folder: str, settings: dict[str, Any]) -> Manifest | None:
-    """The folder's manifest, if it answers to these settings and files and its shards are whole."""
+    """The folder's manifest, if it is of these settings and files and all it names is whole."""
     try:
         manifest = Manifest.load(folder)
     except DataError:
         return None
     if manifest.settings != settings or damaged_shards(folder, list(manifest.shards())):
         return None
-    return manifest
+    return manifest if is_whole(manifest.tokenizer_folder, manifest.tokenizer_fingerprint) else None
 
 
 def _own_tokenizer(
@@ -218,22 +219,26 @@ def _own_tokenizer(
     """The folder's own tokenizer: made once, then kept with its fingerprint.
 
     A trained tokenizer outlives changes of the texts: otherwise any change would redo every unit.
+    One that is missing or was altered is made again. Raises DataError where that gives another one.
     """
+    place = f"{folder}/tokenizer"
     recorded = _recorded_fingerprint(folder, settings)
-    if recorded is None:
-        made = _trained(corpora, vocab_size, log) if name == TRAIN else load_tokenizer(name)
-        save_tokenizer(made, f"{folder}/tokenizer")
-    own = load_tokenizer(f"{folder}/tokenizer")
-    fingerprint = tokenizer_fingerprint(own)
+    if recorded is not None and is_whole(place, recorded):
+        return load_tokenizer(place)
+    made = _trained(corpora, vocab_size, log) if name == TRAIN else load_tokenizer(name)
+    if recorded in (None, tokenizer_fingerprint(made)):
+        save_tokenizer(made, place)
+    if recorded is not None and not is_whole(place, recorded):
+        raise DataError(
+            f"{place}: is missing or was altered, and cannot be made again: the shards were made "
+            f"with fingerprint {recorded[:12]}…; restore it from a copy, such as a model folder of "
+            "a run on these shards, or prepare in another folder"
+        )
+    own = load_tokenizer(place)
     if recorded is None:  # written after the tokenizer, and so a sign that it is whole
-        content = {"settings": settings, "tokenizer_fingerprint": fingerprint}
+        content = {"settings": settings, "tokenizer_fingerprint": tokenizer_fingerprint(own)}
         filesystem, root = locate(folder)
         write_atomically(filesystem, f"{root}/{PREPARATION}", json.dumps(content).encode())
-    elif recorded != fingerprint:
-        raise DataError(
-            f"{folder}/tokenizer: has fingerprint {fingerprint[:12]}…, but the shards were made "
-            f"with {recorded[:12]}…; restore it, or prepare in another folder"
-        )
     return own
 
 

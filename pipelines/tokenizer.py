@@ -7,6 +7,7 @@ the shards, a trained model's folder and the fingerprint always speak of the sam
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 TRAIN = "train"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
+_NAME_ANOTHER = "name a Hugging Face id or a folder, or train one with data.tokenizer=train"
+_RESTORE = "run `tst-ray prepare` again, or restore that folder from a copy"
 # The files of a folder that make its tokenizer (a model's folder also holds gigabytes of weights).
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model"
@@ -60,11 +63,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, remedy: str = _NAME_ANOTHER) -> Any:
     """The Hugging Face tokenizer of an id, a folder, or a folder's address.
 
-    Raises DataError where there is none, or one without the `tokenizers` back end or without an
-    end-of-text (eos) token.
+    Raises DataError where there is none (with the remedy), or one without the `tokenizers` back end
+    or without an end-of-text (eos) token.
     """
     from transformers import AutoTokenizer
 
@@ -73,8 +76,7 @@ def load_tokenizer(name: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of its library
         raise DataError(
-            f"tokenizer {name}: cannot be loaded ({one_line(error)}); "
-            "name a Hugging Face id or a folder, or train one with data.tokenizer=train"
+            f"tokenizer {name}: cannot be loaded ({one_line(error)}); {remedy}"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"tokenizer {name}: has no fast version (tokenizer.json); choose another")
@@ -92,7 +94,7 @@ def _local_copy(name: str) -> Iterator[str]:
     if "://" not in name:
         expanded = os.path.expanduser(name)
         if name.startswith(("/", ".", "~")) and not os.path.isdir(expanded):
-            raise DataError(f"tokenizer {name}: no such folder; correct the path")
+            raise FileNotFoundError("no such folder")
         yield expanded
         return
     filesystem, root = locate(name)
@@ -119,7 +121,11 @@ def save_tokenizer(tokenizer: Any, folder: str) -> None:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of all that decides which tokens a text becomes."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return _sha256(tokenizer.backend_tokenizer)
+
+
+def _sha256(backend: Any) -> str:
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -141,21 +147,50 @@ def tokenizer_identity(name: str, vocab_size: int) -> dict[str, Any]:
     return {"name": folder, "files": digest.hexdigest()}
 
 
+def is_whole(folder: str, fingerprint: str) -> bool:
+    """Whether a folder holds the tokenizer of that fingerprint.
+
+    As a rule its files alone tell, without transformers, whose import takes seconds.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        filesystem, root = locate(folder)
+        plain = Tokenizer.from_buffer(read_bytes(filesystem, f"{root}/tokenizer.json"))
+        options = json.loads(read_bytes(filesystem, f"{root}/tokenizer_config.json"))
+        if options["eos_token"] and _sha256(plain) == fingerprint:
+            return True
+    except Exception:  # the library's own, of a damaged file, is a bare one
+        pass
+    try:
+        return tokenizer_fingerprint(load_tokenizer(folder)) == fingerprint
+    except DataError:
+        return False
+
+
 def check_tokenizer(manifest: Manifest, name: str | None = None) -> Any:
     """The tokenizer of a prepared folder, once it has proved to be the one its shards speak.
 
     With `name`, that tokenizer must be the same one. Raises DataError, with both fingerprints.
     """
-    own = load_tokenizer(manifest.tokenizer_folder)
-    others = {manifest.tokenizer_folder: own}
+    folder = manifest.tokenizer_folder
+    own = load_tokenizer(folder, _RESTORE)
+    _check_same(manifest, folder, own, _RESTORE)
+    if own.eos_token_id != manifest.eot_token:
+        raise DataError(
+            f"tokenizer {folder} ends texts with token {own.eos_token_id}, but the shards in "
+            f"{manifest.folder} with {manifest.eot_token}; {_RESTORE}"
+        )
     if name not in (None, TRAIN):
-        others[name] = load_tokenizer(name)
-    for where, tokenizer in others.items():
-        found = tokenizer_fingerprint(tokenizer)
-        if found != manifest.tokenizer_fingerprint:
-            raise DataError(
-                f"tokenizer {where} has fingerprint {found[:12]}…, but the shards in "
-                f"{manifest.folder} were made with {manifest.tokenizer_fingerprint[:12]}…; "
-                "use the tokenizer of the shards, or prepare them again with this one"
-            )
+        remedy = "use the tokenizer of the shards, or prepare them again with this one"
+        _check_same(manifest, name, load_tokenizer(name), remedy)
     return own
+
+
+def _check_same(manifest: Manifest, where: str, tokenizer: Any, remedy: str) -> None:
+    found = tokenizer_fingerprint(tokenizer)
+    if found != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"tokenizer {where} has fingerprint {found[:12]}…, but the shards in "
+            f"{manifest.folder} were made with {manifest.tokenizer_fingerprint[:12]}…; {remedy}"
+        )

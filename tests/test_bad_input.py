@@ -228,7 +228,7 @@ def test_shards_that_moved_are_found_where_they_are_now(
     shutil.rmtree(runs / "bad" / "model")
     capsys.readouterr()
     assert main(["export", str(runs / "bad")]) == 1
-    assert "tokenizer is not there; restore that folder" in capsys.readouterr().err
+    assert "tokenizer: cannot be loaded (no such folder); run `tst-ray" in capsys.readouterr().err
     assert main(["run", *arguments(runs, None, **prepared(moved))]) == 0
     assert json.loads((runs / "bad" / "plan.json").read_text())["shards"] == str(moved)
     assert (runs / "bad" / "model" / "tokenizer.json").exists()
@@ -241,6 +241,32 @@ def test_shards_of_another_tokenizer(capsys: Capsys, tmp_path: Path, copied: Pat
     )
     said = refused(capsys, 1, arguments(tmp_path / "runs", None, **prepared(copied)))
     assert "fingerprint" in said and "tokenizer" in said
+
+
+@pytest.mark.parametrize("how", ["missing", "altered"])
+def test_a_run_whose_tokenizer_is_no_longer_the_shards(
+    capsys: Capsys, tmp_path: Path, copied: Path, how: str
+) -> None:
+    """Refused before it trains on, and not published; also where the shards are as they were."""
+    args = arguments(tmp_path, None, **prepared(copied), checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    run = tmp_path / "bad"
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    shutil.rmtree(run / "model")
+    path = copied / "tokenizer" / "tokenizer.json"
+    if how == "missing":
+        shutil.rmtree(path.parent)
+    else:
+        path.write_text(
+            path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true')
+        )
+    capsys.readouterr()
+    said = refused(capsys, 1, args)
+    assert f"{copied}/tokenizer" in said and "run `tst-ray prepare` again" in said
+    assert not (run / "checkpoints" / "step-00000004").exists()
+    assert main(["export", str(run)]) == 1
+    assert f"{copied}/tokenizer" in capsys.readouterr().err
+    assert not (run / "model").exists()
 
 
 def test_a_token_beyond_the_vocabulary(capsys: Capsys, tmp_path: Path, copied: Path) -> None:

@@ -432,7 +432,7 @@ def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str)
         ({"row_tokens": 0}, "row_tokens = 0: must be at least 1"),
         ({"undecodable": "drop"}, "undecodable = 'drop': must be skip or refuse"),
         ({"backend": "spark"}, "backend = 'spark': must be ray or inline"),
-        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere: no such folder"),
+        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere: cannot be loaded (no such folder)"),
     ],
 )
 def test_bad_choices_are_told(
@@ -532,9 +532,57 @@ def test_shards_of_another_tokenizer_are_told(
     other.save_pretrained(manifest.tokenizer_folder)
     with pytest.raises(DataError, match="prepared/tokenizer has fingerprint"):
         check_tokenizer(manifest)
-    Path(folder, "manifest.json").unlink()
-    with pytest.raises(DataError, match="prepared/tokenizer: has fingerprint"):
+    own.save_pretrained(manifest.tokenizer_folder)
+    with pytest.raises(DataError, match=f"ends texts with token {own.eos_token_id}, but"):
+        check_tokenizer(replace(manifest, eot_token=7))
+
+
+@pytest.mark.parametrize("damage", ["missing", "altered", "without its end of text"])
+@pytest.mark.parametrize("kind", ["trained", "named"])
+def test_the_shards_own_tokenizer_is_made_again(
+    sources: list[SourceSpec],
+    folder: str,
+    tmp_path: Path,
+    tokenized: list[str],
+    kind: str,
+    damage: str,
+) -> None:
+    name = "train"
+    if kind == "named":
+        name = str(tmp_path / "own")
+        train_tokenizer(["some text " * 30], 270).save_pretrained(name)
+    manifest = prepared(sources, folder, tokenizer=name)
+    shutil.copytree(folder, tmp_path / "copy")
+    tokenized.clear()
+    if damage == "missing":
+        shutil.rmtree(manifest.tokenizer_folder)
+    elif damage == "altered":
+        train_tokenizer(["another text " * 30], 300).save_pretrained(manifest.tokenizer_folder)
+    else:
+        Path(manifest.tokenizer_folder, "tokenizer_config.json").unlink()
+    assert prepared(sources, folder, tokenizer=name) == manifest
+    assert tokenized == [] and same_folders(folder, str(tmp_path / "copy"))
+
+
+def test_a_tokenizer_that_cannot_be_made_again_is_told(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    manifest = prepared(sources, folder)
+    (tmp_path / "books" / "20.txt").write_text("A chapter that is new.\n" * 9)
+    shutil.rmtree(manifest.tokenizer_folder)
+    with pytest.raises(DataError, match="prepared/tokenizer: is missing or was altered") as error:
         prepared(sources, folder)
+    assert manifest.tokenizer_fingerprint[:12] in told(error)
+    assert not Path(manifest.tokenizer_folder).exists()
+    assert Manifest.load(folder) == manifest
+
+
+def test_whether_nothing_has_changed_is_seen_without_transformers(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(sources, folder)
+    monkeypatch.setattr("pipelines.tokenizer.load_tokenizer", None)
+    assert prepared(sources, folder) == first
 
 
 # ── through Ray Data ─────────────────────────────────────────────────────────────────────────────

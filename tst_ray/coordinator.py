@@ -387,7 +387,8 @@ def check_model(
 ) -> tuple[list[str], ModelShape]:
     """Refuse, before workers start, a model that cannot be trained or does not fit the text.
 
-    It needs torch and transformers, which this process can do without.
+    And a tokenizer that is not the one the text's shards were made with: the trained model's folder
+    would get it. It needs torch and transformers, which this process can do without.
 
     Args:
         manifest: the text's; None before it is there, for all that the model alone tells.
@@ -397,9 +398,11 @@ def check_model(
 
     Raises:
         ConfigError: with the reason.
+        DataError: the shards' tokenizer is not there, or is another one.
     """
     import torch
 
+    from pipelines.tokenizer import check_tokenizer
     from tst_ray.architecture import check_supported, describe
     from tst_ray.model_config import hf_config, ignored_fields
 
@@ -414,6 +417,8 @@ def check_model(
         vocab_size=manifest.vocab_size if manifest else None,
         eot_token=manifest.eot_token if manifest else None,
     )
+    if manifest:
+        check_tokenizer(manifest)
     check_supported(model, latent_length=plan.sequence_length)
     return ignored_fields(config.model), describe(model)
 

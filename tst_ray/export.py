@@ -42,11 +42,13 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     Raises:
         RunError: there is no run, no checkpoint, or none intact; or the folder holds other files.
+        DataError: the shards' tokenizer is not there, or is another one.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
     from transformers.utils import logging as transformers_logging
 
     from pipelines.shards import Manifest
+    from pipelines.tokenizer import check_tokenizer
     from tst_ray.model import build_model, hf_config
     from tst_ray.sharded import read_full
 
@@ -54,6 +56,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     config, plan = _read_run(run)
     info = _pick(run, step)
     manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
+    tokenizer = check_tokenizer(manifest)
     model = build_model(
         hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token),
         pretrained=None,
@@ -72,7 +75,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     target = folder or (run / "model").url
     with tempfile.TemporaryDirectory() as scratch:
         model.hf_model.save_pretrained(scratch)
-        _copy_tokenizer(Storage(manifest.tokenizer_folder), Path(scratch))
+        tokenizer.save_pretrained(scratch)
         _publish(Path(scratch), Storage(target), is_ours=folder is None)
     return info.step, target
 
@@ -145,14 +148,6 @@ def _pick(run: Storage, step: int | None) -> CheckpointInfo:
     if problem:
         raise RunError(f"{found[0].folder.url}: is damaged ({problem})")
     return found[0]
-
-
-def _copy_tokenizer(source: Storage, target: Path) -> None:
-    names = source.names()
-    if not names:
-        raise RunError(f"{source.url}: the shards' tokenizer is not there; restore that folder")
-    for name in names:
-        (target / name).write_bytes(source.read(name))
 
 
 def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:

@@ -132,7 +132,8 @@ def source_root(spec: SourceSpec) -> str:
     """Where a source is, spelt the same from every working directory."""
     if spec.path == PYTHON_STDLIB:
         return sysconfig.get_paths()["stdlib"]
-    return absolute(spec.path)
+    # An address stays as it is given: shards are known by it.
+    return spec.path if "://" in spec.path else absolute(spec.path)
 
 
 def find_files(spec: SourceSpec) -> Corpus:

@@ -14,8 +14,14 @@ from pipelines.errors import DataError, one_line
 
 
 def absolute(path: str) -> str:
-    """A path that means the same in every process, whatever folder it works in."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """A path that means the same in every process, whatever folder it works in.
+
+    Without a slash at its end: object stores take `folder//name` for another name, or refuse it.
+    """
+    if "://" not in path:
+        return os.path.abspath(os.path.expanduser(path))
+    scheme, mark, inner = path.partition("://")
+    return scheme + mark + (inner.rstrip("/") or inner)
 
 
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
@@ -55,8 +61,11 @@ def os_errors() -> Iterator[None]:
 
 def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
     """A whole file, as it is stored. Raises FileNotFoundError when there is none, or OSError."""
-    with os_errors(), filesystem.open_input_stream(path, compression=None) as stream:
-        return bytes(stream.read())
+    try:
+        with os_errors(), filesystem.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+    except pa.ArrowInvalid as error:  # of the path: what is in the file, nobody looks at here
+        raise OSError(one_line(error)) from error
 
 
 def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:

@@ -109,7 +109,7 @@ def columns(run: Storage) -> list[tuple[Any, ...]]:
 def test_a_run_whose_storage_refuses_one_request_in_seven_loses_nothing(
     command: list[str], flaky: type[Flaky], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, "--run.storage=memory://calm"]) == 0
+    assert main([*command, "--run.storage=memory://calm/"]) == 0
     calm = Storage("memory://calm/far")
     events = calm.read_lines("events.jsonl")
     assert [e["event"] for e in events if e["event"] != "checkpoint"] == [
@@ -117,7 +117,7 @@ def test_a_run_whose_storage_refuses_one_request_in_seven_loses_nothing(
     ]  # fmt: skip
     assert (calm / "events.jsonl.d").names() == []
     assert main(["status", calm.url]) == 0
-    assert main(["checkpoints", calm.url, "--verify"]) == 0
+    assert main(["checkpoints", f"{calm.url}/", "--verify"]) == 0
 
     flaky.share = 0.15
     tries = 0

@@ -6,8 +6,10 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -302,6 +304,18 @@ def test_bad_manifests_are_told_in_one_line(prepared: tuple[Manifest, np.ndarray
         with pytest.raises(DataError, match=told) as error:
             Manifest.load(manifest.folder)
         one_line(error)
+
+
+def test_a_path_that_storage_refuses_is_not_called_bad_json(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Arrow's S3 refuses an empty part of a path by an error that is a ValueError."""
+    refusing = Mock()
+    refusing.open_input_stream.side_effect = pa.ArrowInvalid("Empty path component")
+    monkeypatch.setattr("pipelines.manifest.locate", lambda path: (refusing, path))
+    with pytest.raises(Unreadable, match=r"cannot be read \(.*Empty path component\)") as error:
+        Manifest.load("bucket//shards")
+    one_line(error)
 
 
 def test_an_unknown_source_is_told_with_those_there_are(

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from pipelines.storage import absolute
 from tst_ray.errors import RunError
 from tst_ray.storage import Storage, patiently
 
@@ -21,6 +22,24 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     storage = Storage("memory://bucket/run")
     storage.remove()
     return storage
+
+
+@pytest.mark.parametrize(
+    ("url", "spelt"),
+    [
+        ("s3://bucket/runs/", "s3://bucket/runs"),
+        ("memory://bucket//", "memory://bucket"),
+        ("file:///runs/", "file:///runs"),
+        ("file:///", "file:///"),
+        ("/runs/", "/runs"),
+    ],
+)
+def test_a_slash_at_the_end_of_an_address_is_not_part_of_it(url: str, spelt: str) -> None:
+    assert absolute(url) == spelt
+    if not url.startswith("s3"):  # its package is not installed here
+        storage = Storage(url)
+        assert storage.url == spelt and storage.location("a") == f"{spelt}/a"
+        assert (storage / "a").url == f"{spelt}/a"
 
 
 def test_write_replaces_and_append_adds(storage: Storage) -> None:

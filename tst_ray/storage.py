@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from pipelines.storage import absolute
 from tst_ray.errors import RunError, UserError
 from tst_ray.timeouts import STORAGE_S
 
@@ -56,7 +57,7 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url if "://" in url else str(Path(url).expanduser().absolute())
+        self.url = absolute(url) if "://" in url else str(Path(url).expanduser().absolute())
         self.is_local = "://" not in url or url.startswith("file://")
         try:
             self._fs, self.path = fsspec.core.url_to_fs(self.url)

@@ -73,16 +73,29 @@ def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa
 
     Object stores show a file only once it is closed; a local one is written aside and renamed.
     """
-    is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    target = f"{path}.{uuid.uuid4().hex}.tmp" if is_local else path
     try:
         with os_errors():
             filesystem.create_dir(os.path.dirname(path), recursive=True)
-            with filesystem.open_output_stream(target, compression=None) as stream:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                _replace(path, content)
+                return
+            with filesystem.open_output_stream(path, compression=None) as stream:
                 stream.write(content)
-            if is_local:
-                filesystem.move(target, path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({one_line(error)}); choose a folder you may write to"
         ) from error
+
+
+def _replace(path: str, content: bytes | pa.Buffer) -> None:
+    """Replace a local file; its content is on the disk before it has its name."""
+    scratch = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(scratch)

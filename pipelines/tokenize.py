@@ -14,6 +14,7 @@ never altered or deleted, and a reader by an older manifest goes on undisturbed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -270,10 +271,8 @@ def _recorded_fingerprint(folder: str, settings: dict[str, Any]) -> str | None:
 
     Raises DataError where that one had other settings: its shards are not for us to replace.
     """
-    filesystem, root = locate(folder)
     try:
-        before = json.loads(read_bytes(filesystem, f"{root}/{PREPARATION}"))
-        fingerprint, others = before["tokenizer_fingerprint"], before["settings"]
+        before = _preparation(folder)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -281,13 +280,31 @@ def _recorded_fingerprint(folder: str, settings: dict[str, Any]) -> str | None:
             f"{folder}/{PREPARATION}: cannot be read ({one_line(error)}); "
             "prepare in another folder, or delete this one"
         ) from error
+    others, fingerprint = before
     if others != settings:
         differing = ", ".join(key for key in settings if others.get(key) != settings[key])
         raise DataError(
             f"{folder}: was prepared with other settings ({differing}); "
             "prepare in another folder, or delete this one"
         )
-    return str(fingerprint)
+    return fingerprint
+
+
+def _preparation(folder: str) -> tuple[dict[str, Any], str]:
+    """The settings and the tokenizer's fingerprint that a folder was prepared with.
+
+    The manifest has them as well, where there is one. Raises whatever reading them does.
+    """
+    filesystem, root = locate(folder)
+    try:
+        before = json.loads(read_bytes(filesystem, f"{root}/{PREPARATION}"))
+        return dict(before["settings"]), str(before["tokenizer_fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(DataError):
+            manifest = Manifest.load(folder)
+            own = {key: value for key, value in manifest.settings.items() if key != "listing"}
+            return own, manifest.tokenizer_fingerprint
+        raise
 
 
 def _all_records(

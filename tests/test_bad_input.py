@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, verify_checksums
 from tests.test_runs import SETTINGS, write_text
+from tests.test_tokenize import number_shards
 from tst_ray.cli import main
 from tst_ray.storage import Storage
 
@@ -234,6 +235,43 @@ def test_shards_that_moved_are_found_where_they_are_now(
     assert (runs / "bad" / "model" / "tokenizer.json").exists()
 
 
+def interrupted(run: Path) -> None:
+    """Leave a run of four steps as if it had been stopped after two."""
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    shutil.rmtree(run / "model")
+
+
+@pytest.mark.parametrize("how", ["damaged", "of a later text"])
+def test_a_manifest_that_is_not_the_runs_is_saved_again(
+    capsys: Capsys, tmp_path: Path, text: Path, how: str
+) -> None:
+    args = arguments(tmp_path, text, checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    interrupted(run := tmp_path / "bad")
+    path = run / "manifest.json"
+    content = path.read_text()
+    later = json.loads(content)
+    later["sources"][0]["train"]["shards"].pop()
+    path.write_text("\0" * 4096 if how == "damaged" else json.dumps(later))
+    assert main(["run", *args]) == 0
+    assert json.loads(path.read_text()) == json.loads(content)
+    assert (run / "model" / "model.safetensors").exists()
+
+
+def test_shards_that_are_made_again_under_other_names_are_those_of_the_run(
+    tmp_path: Path, text: Path
+) -> None:
+    args = arguments(tmp_path, text, checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    interrupted(run := tmp_path / "bad")
+    folder = next((tmp_path / "shards").iterdir())
+    number_shards(str(folder))
+    shutil.copy(folder / "manifest.json", run / "manifest.json")
+    first_shard(folder).unlink()
+    assert main(["run", *args]) == 0
+    verify_checksums(Manifest.load(str(folder), str(run / "manifest.json")))
+
+
 def test_shards_of_another_tokenizer(capsys: Capsys, tmp_path: Path, copied: Path) -> None:
     path = copied / "tokenizer" / "tokenizer.json"
     path.write_text(
@@ -250,9 +288,7 @@ def test_a_run_whose_tokenizer_is_no_longer_the_shards(
     """Refused before it trains on, and not published; also where the shards are as they were."""
     args = arguments(tmp_path, None, **prepared(copied), checkpoint__every=2)
     assert main(["run", *args]) == 0
-    run = tmp_path / "bad"
-    shutil.rmtree(run / "checkpoints" / "step-00000004")
-    shutil.rmtree(run / "model")
+    interrupted(run := tmp_path / "bad")
     path = copied / "tokenizer" / "tokenizer.json"
     if how == "missing":
         shutil.rmtree(path.parent)

@@ -1,6 +1,7 @@
 """The shard format: what is written is what is read, and whatever is not is told by name."""
 
 import json
+import os
 import pickle
 import zlib
 from dataclasses import replace
@@ -25,6 +26,7 @@ from pipelines.shards import (
     verify_checksums,
     verify_sizes,
 )
+from pipelines.storage import locate, write_atomically
 
 ROW, SHARD, VOCAB = 16, 64, 300
 
@@ -338,6 +340,18 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
         "train-00000.parquet",
         "train-00001.parquet",
     ]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        whole = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, w=whole: (done.append(n), w(*a))[1])
+    write_atomically(*locate(str(tmp_path / "deep" / "file")), b"content")
+    assert (tmp_path / "deep" / "file").read_bytes() == b"content"
+    assert done == ["fsync", "replace"]
 
 
 class Unavailable(Exception):

@@ -384,6 +384,26 @@ def test_a_folder_of_other_settings_is_left_alone(sources: list[SourceSpec], fol
     verify_checksums(first)
 
 
+@pytest.mark.parametrize("content", [None, "", '{"settings": 1}'])
+def test_a_damaged_preparation_is_known_by_its_manifest(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path, content: str
+) -> None:
+    first = prepared(sources, folder)
+    path = Path(folder, "preparation.json")
+    (tmp_path / "books" / "20.txt").write_text("A chapter that is new.\n" * 9)
+    path.unlink() if content is None else path.write_text(content)
+    tokenized.clear()
+    after = prepared(sources, folder)
+    assert after.tokenizer_fingerprint == first.tokenizer_fingerprint
+    assert len(tokenized) <= 3
+    with pytest.raises(DataError, match=r"other settings \(row_tokens\)"):
+        prepared(sources, folder, row_tokens=32)
+    if content is not None:
+        Path(folder, "manifest.json").unlink()
+        with pytest.raises(DataError, match=r"preparation\.json: cannot be read"):
+            prepared(sources, folder)
+
+
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -277,12 +277,9 @@ class Coordinator:
             ConfigError: they are gone, and the text is not what it was.
         """
         before = run.read_json(PLAN)
-        if before and run.exists(MANIFEST):
+        if before:
             try:
-                # Text that was added since must not keep a run from going on.
-                manifest = Manifest.load(before["shards"], run.location(MANIFEST))
-                verify_shards(manifest)
-                return manifest
+                return _begun_with(run, before)
             except Unreadable:
                 raise
             except DataError as error:
@@ -297,10 +294,15 @@ class Coordinator:
         return manifest
 
     def _record_plan(self, run: Storage, manifest: Manifest) -> None:
-        """Write the plan and the manifest before the first step; later, where the shards moved."""
+        """Write the plan and the manifest before the first step; later, where they no longer hold.
+
+        Shards that moved are one such case; others are a manifest that was damaged, and shards that
+        were made again under other names.
+        """
         before = run.read_json(PLAN)
-        if before is None or not run.exists(MANIFEST):
+        if _own_manifest(run, manifest.folder) != manifest:
             manifest.save(run.location(MANIFEST))
+        if before is None:
             facts = {"corpus": manifest.fingerprint, "shards": manifest.folder}
             run.write_json(PLAN, {**asdict(self.plan), **facts})
         elif before["shards"] != manifest.folder:
@@ -364,6 +366,29 @@ class Coordinator:
 
     def _enter(self, state: State) -> None:
         self.state = state
+
+
+def _begun_with(run: Storage, before: dict[str, Any]) -> Manifest:
+    """The shards that a run began with, by its own manifest: text may have been added since.
+
+    Raises:
+        DataError: they are not all there, or the manifest is not the run's.
+    """
+    manifest = Manifest.load(before["shards"], run.location(MANIFEST))
+    if manifest.fingerprint != before["corpus"]:
+        raise DataError(f"{run.location(MANIFEST)}: is not the manifest that {PLAN} speaks of")
+    verify_shards(manifest)
+    return manifest
+
+
+def _own_manifest(run: Storage, folder: str) -> Manifest | None:
+    """The run's copy of the manifest, for shards in that folder; None where there is none whole."""
+    try:
+        return Manifest.load(folder, run.location(MANIFEST))
+    except Unreadable:
+        raise
+    except DataError:
+        return None
 
 
 def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:

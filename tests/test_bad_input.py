@@ -235,6 +235,49 @@ def test_shards_that_moved_are_found_where_they_are_now(
     assert (runs / "bad" / "model" / "tokenizer.json").exists()
 
 
+def test_a_folder_of_shards_that_is_given_is_the_one_that_is_read(
+    capsys: Capsys, tmp_path: Path, copied: Path, text: Path
+) -> None:
+    """Also where those that the run began with are still there."""
+    runs = tmp_path / "runs"
+    args = arguments(runs, None, **prepared(copied), checkpoint__every=2)
+    assert main(["run", *args]) == 0
+    interrupted(run := runs / "bad")
+    other = tmp_path / "other"
+    assert main(["prepare", *arguments(other, text, data__validation_share=0.3)]) == 0
+    (other,) = [path.parent for path in other.rglob("manifest.json")]
+    for folder, said in ((tmp_path / "nowhere", "not found"), (other, "holds another corpus")):
+        status = 1 if said == "not found" else 2
+        capsys.readouterr()
+        assert said in refused(capsys, status, arguments(runs, None, **prepared(folder)))
+    shutil.copytree(copied, tmp_path / "second")
+    assert main(["run", *arguments(runs, None, **prepared(tmp_path / "second"))]) == 0
+    assert json.loads((run / "plan.json").read_text())["shards"] == str(tmp_path / "second")
+
+
+@pytest.mark.parametrize("how", ["moved", "damaged"])
+def test_text_that_has_grown_does_not_keep_a_run_from_its_own_shards(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    for name in ("MIN_UNIT_BYTES", "MAX_UNIT_BYTES"):
+        monkeypatch.setattr(f"pipelines.corpus.{name}", 2**14)
+    shutil.copytree(text, grown := tmp_path / "text")
+    args = arguments(tmp_path, grown, checkpoint__every=2, data__cache=tmp_path / "cache")
+    assert main(["run", *args]) == 0
+    interrupted(run := tmp_path / "bad")
+    (grown / "z.txt").write_text("text that was added\n" * 300)
+    (folder,) = (tmp_path / "cache").iterdir()
+    if how == "moved":
+        (tmp_path / "cache").rename(tmp_path / "moved")
+        args = arguments(tmp_path, grown, checkpoint__every=2, data__cache=tmp_path / "moved")
+        folder = tmp_path / "moved" / folder.name
+    else:
+        first_shard(folder).unlink()
+    assert main(["run", *args]) == 0
+    assert json.loads((run / "plan.json").read_text())["shards"] == str(folder)
+    assert (run / "model" / "model.safetensors").exists()
+
+
 def interrupted(run: Path) -> None:
     """Leave a run of four steps as if it had been stopped after two."""
     shutil.rmtree(run / "checkpoints" / "step-00000004")

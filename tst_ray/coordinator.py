@@ -24,11 +24,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.errors import DataError, Unreadable
+from pipelines.errors import DataError
 from pipelines.ingest import Feed
-from pipelines.manifest import Manifest, verify_shards
+from pipelines.manifest import Manifest
 from tst_ray.config import Config
-from tst_ray.corpus import build_feeds, build_order, mixture, prepare_corpus, shown_mixture
+from tst_ray.corpus import (
+    build_feeds,
+    build_order,
+    copied_manifest,
+    corpus_begun_with,
+    mixture,
+    prepare_corpus,
+    shown_mixture,
+)
 from tst_ray.errors import ConfigError, Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import one_line
@@ -277,21 +285,9 @@ class Coordinator:
             ConfigError: they are gone, and the text is not what it was.
         """
         before = run.read_json(PLAN)
-        if before:
-            try:
-                return _begun_with(run, before)
-            except Unreadable:
-                raise
-            except DataError as error:
-                self.say(f"{error}; preparing the text again")
-        manifest = prepare_corpus(self.config, backend, self.say)
-        if before and before["corpus"] != manifest.fingerprint:
-            raise ConfigError(
-                f"data: {manifest.folder} holds another corpus (fingerprint "
-                f"{manifest.fingerprint[:12]}) than {run.url} began with "
-                f"({before['corpus'][:12]}); restore the text, or use another run.name"
-            )
-        return manifest
+        if before is None:
+            return prepare_corpus(self.config, backend, self.say)
+        return corpus_begun_with(self.config, before, run.location(MANIFEST), backend, self.say)
 
     def _record_plan(self, run: Storage, manifest: Manifest) -> None:
         """Write the plan and the manifest before the first step; later, where they no longer hold.
@@ -300,7 +296,7 @@ class Coordinator:
         were made again under other names.
         """
         before = run.read_json(PLAN)
-        if _own_manifest(run, manifest.folder) != manifest:
+        if copied_manifest(manifest.folder, run.location(MANIFEST)) != manifest:
             manifest.save(run.location(MANIFEST))
         if before is None:
             facts = {"corpus": manifest.fingerprint, "shards": manifest.folder}
@@ -366,29 +362,6 @@ class Coordinator:
 
     def _enter(self, state: State) -> None:
         self.state = state
-
-
-def _begun_with(run: Storage, before: dict[str, Any]) -> Manifest:
-    """The shards that a run began with, by its own manifest: text may have been added since.
-
-    Raises:
-        DataError: they are not all there, or the manifest is not the run's.
-    """
-    manifest = Manifest.load(before["shards"], run.location(MANIFEST))
-    if manifest.fingerprint != before["corpus"]:
-        raise DataError(f"{run.location(MANIFEST)}: is not the manifest that {PLAN} speaks of")
-    verify_shards(manifest)
-    return manifest
-
-
-def _own_manifest(run: Storage, folder: str) -> Manifest | None:
-    """The run's copy of the manifest, for shards in that folder; None where there is none whole."""
-    try:
-        return Manifest.load(folder, run.location(MANIFEST))
-    except Unreadable:
-        raise
-    except DataError:
-        return None
 
 
 def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:

@@ -1,8 +1,9 @@
 """The run's corpus: text → shards → order → what each phase reads.
 
-prepare_corpus   `data.prepared`, or shards made from `data.sources`; verified
-build_order      which tokens at which step, over those shards
-build_feeds      what a reader of each phase needs
+prepare_corpus      `data.prepared`, or shards made from `data.sources`; verified
+corpus_begun_with   the shards of a run that goes on; verified
+build_order         which tokens at which step, over those shards
+build_feeds         what a reader of each phase needs
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.corpus import SourceSpec
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
 from pipelines.order import Cut, Order, StreamSource
@@ -52,14 +53,96 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     return manifest
 
 
+def corpus_begun_with(
+    config: Config, plan: dict[str, Any], copy: str, backend: str, say: Say
+) -> Manifest:
+    """The shards that a run began with, made again where they are gone.
+
+    Args:
+        plan: what the run's plan.json holds.
+        copy: the run's manifest.
+
+    Raises:
+        ConfigError: they are gone, and the text is not what it was.
+        DataError: with the file and the remedy.
+    """
+    manifest, problem = _begun_with(config, plan, copy)
+    if manifest is not None:
+        return manifest
+    if not config.data.prepared:
+        say(f"{problem}; preparing the text again")
+    found = prepare_corpus(config, backend, say)
+    if found.fingerprint == plan["corpus"]:
+        return found
+    # The text has grown; those of its shards that the run reads may be whole again.
+    manifest, _ = _begun_with(config, plan, copy)
+    if manifest is not None:
+        return manifest
+    raise ConfigError(
+        f"data: {found.folder} holds another corpus (fingerprint {found.fingerprint[:12]}) than "
+        f"the run began with ({plan['corpus'][:12]}, {copy}); restore the text, or use another "
+        "run.name"
+    )
+
+
+def _begun_with(
+    config: Config, plan: dict[str, Any], copy: str
+) -> tuple[Manifest | None, DataError | None]:
+    """The shards that a run began with, by its own manifest: text may have been added since.
+
+    They are looked for where they should be now, and then where they were; but `data.prepared` is
+    taken at its word.
+
+    Returns:
+        the manifest; or None, and what is wrong.
+
+    Raises:
+        Unreadable: storage did not let them be read.
+    """
+    given = shards_folder(config)
+    problem = None
+    for folder in (given,) if config.data.prepared else dict.fromkeys((given, plan["shards"])):
+        try:
+            manifest = Manifest.load(folder, copy)
+            if manifest.fingerprint != plan["corpus"]:
+                raise DataError(f"{copy}: is of another corpus than the run's plan")
+            verify_shards(manifest)
+            return manifest, None
+        except Unreadable:
+            raise
+        except DataError as error:
+            problem = error
+    return None, problem
+
+
+def copied_manifest(folder: str, copy: str) -> Manifest | None:
+    """A run's manifest, for shards in that folder; None where there is none whole.
+
+    Raises:
+        Unreadable: storage did not let it be read.
+    """
+    try:
+        return Manifest.load(folder, copy)
+    except Unreadable:
+        raise
+    except DataError:
+        return None
+
+
 def find_prepared(config: Config) -> Manifest | None:
     """The run's shards where they are prepared already, else None."""
-    if config.data.prepared:
-        return Manifest.load(absolute(config.data.prepared))
     try:
-        return Manifest.load(_preparation(config)[2])
+        return Manifest.load(shards_folder(config))
     except (DataError, RunError):
+        if config.data.prepared:
+            raise
         return None
+
+
+def shards_folder(config: Config) -> str:
+    """Where the run's shards are, or will be: in `data.prepared`, or below the cache."""
+    prepared = config.data.prepared
+    return absolute(prepared) if prepared else _preparation(config)[2]
 
 
 def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any], str]:

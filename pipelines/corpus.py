@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -168,12 +168,17 @@ def _match(path: str) -> tuple[str, list[TextFile]]:
         root = root.rsplit("/", 1)[0] or "/"
         return root + query, [TextFile(info.base_name, info.size, info.mtime_ns)]
     if info.type == pafs.FileType.Directory:
-        return path.rstrip("/") or "/", [file for file in _list(path, path) if _is_text(file.path)]
+        files = _list(path, path, lambda folder: not _is_hidden(os.path.basename(folder)))
+        return path.rstrip("/") or "/", [file for file in files if _is_text(file.path)]
     root, pattern = _split_glob(path)
     if not pattern:
         raise DataError(f"source {path}: not found; correct the path")
-    matches = _glob_regex(pattern).fullmatch
-    return root, [file for file in _list(root, root) if matches(file.path)]
+    try:
+        matches, enters = _glob_regex(pattern).fullmatch, _glob_folders(pattern)
+    except re.error as error:
+        raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
+    is_deep = "/" in pattern or "**" in pattern
+    return root, [file for file in _list(root, root, enters, is_deep) if matches(file.path)]
 
 
 def _file_info(filesystem: pafs.FileSystem, inner: str, path: str) -> pafs.FileInfo:
@@ -183,14 +188,23 @@ def _file_info(filesystem: pafs.FileSystem, inner: str, path: str) -> pafs.FileI
         raise DataError(f"source {path}: cannot be reached ({one_line(error)})") from error
 
 
-def _list(path: str, root: str) -> list[TextFile]:
-    """Every file at or below a path, with its path below the root."""
+def _list(
+    path: str, root: str, enters: Callable[[str], bool] = lambda folder: True, is_deep: bool = True
+) -> list[TextFile]:
+    """Every file at or below a path, with its path below the root.
+
+    On a local disk only those folders are looked into that `enters` wants, by their paths below the
+    root. Elsewhere one listing of all is much faster; without `is_deep` it stays in one folder.
+    """
     filesystem, inner = locate(path)
     prefix = len(locate(root)[1].rstrip("/")) + 1
     try:
-        infos = filesystem.get_file_info([inner])
-        if infos[0].type == pafs.FileType.Directory:
-            infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+        infos: Iterable[pafs.FileInfo] = [info := filesystem.get_file_info(inner)]
+        if info.type == pafs.FileType.Directory:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                infos = _walk(filesystem, inner, lambda folder: enters(folder[prefix:]))
+            else:
+                infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=is_deep))
         return [
             TextFile(info.path[prefix:], info.size, info.mtime_ns)
             for info in infos
@@ -203,12 +217,36 @@ def _list(path: str, root: str) -> list[TextFile]:
         raise DataError(f"source {path}: cannot be listed ({one_line(error)})") from error
 
 
+def _walk(
+    filesystem: pafs.LocalFileSystem,
+    folder: str,
+    enters: Callable[[str], bool],
+    above: frozenset[tuple[int, int]] = frozenset(),
+) -> Iterator[pafs.FileInfo]:
+    """Every file at or below a local folder; a link to a folder above is not followed in a circle.
+
+    Args:
+        above: the device and inode of each folder on the way here.
+    """
+    stat = os.stat(folder)
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(folder)):
+        if info.type != pafs.FileType.Directory:
+            yield info
+        elif enters(info.path):
+            yield from _walk(filesystem, info.path, enters, above | {here})
+
+
 def _is_text(path: str) -> bool:
     """Whether a folder's name takes this file in: known kind of text, and nothing hidden."""
-    parts = path.split("/")
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
     known = (PLAIN_TEXT | JSON_LINES | PARQUET) - {".json"}  # beside code, it is seldom text
-    return not hidden and file_kind(path) in known
+    return not any(map(_is_hidden, path.split("/"))) and file_kind(path) in known
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
 
 
 def file_kind(path: str) -> str:
@@ -243,6 +281,23 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
         else:
             regex += re.escape(token)
     return re.compile(regex, re.DOTALL)
+
+
+def _glob_folders(pattern: str) -> Callable[[str], bool]:
+    """Whether what matches a pattern can be in or below a folder; its last part names files."""
+    parts = pattern.split("/")
+    matches = [_glob_regex(part).fullmatch for part in parts[:-1]]
+
+    def enters(folder: str) -> bool:
+        names = folder.split("/")
+        for name, part, match in zip(names, parts, matches, strict=False):
+            if "**" in part:
+                return True
+            if not match(name):
+                return False
+        return len(names) < len(parts) or "**" in parts[-1]
+
+    return enters
 
 
 # ── the work, cut into units ─────────────────────────────────────────────────────────────────────

@@ -122,6 +122,50 @@ def test_globs(tree: Path, pattern: str, expected: list[str]) -> None:
     assert paths(f"{tree}/{pattern}") == expected
 
 
+def test_links_in_circles_are_not_followed(tree: Path) -> None:
+    expected = paths(str(tree))
+    globbed = paths(f"{tree}/**/*.py")
+    (tree / "sub" / "above").symlink_to(tree)
+    for name in ("here", "here-too"):
+        (tree / "sub" / "deep" / name).symlink_to(".")
+    assert paths(str(tree)) == expected
+    assert paths(f"{tree}/**/*.py") == globbed
+    (tree / "other").mkdir()
+    (tree / "other" / "link").symlink_to(tree / "sub" / "deep")
+    linked = [f"other/link/{name}" for name in ("d.jsonl.gz", "e.parquet")]
+    assert paths(str(tree)) == sorted([*expected, *linked])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "entered"),
+    [
+        ("*.txt", []),
+        ("*/f.png", ["other", "sub"]),
+        ("s*/deep/*", ["sub", "sub/deep"]),
+        ("[!o]*/**/*.py", ["sub", "sub/__pycache__", "sub/deep", "sub/deep/down"]),
+        ("s*/**", ["sub", "sub/__pycache__", "sub/deep", "sub/deep/down"]),
+    ],
+)
+def test_a_glob_looks_only_where_it_can_match(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, entered: list[str]
+) -> None:
+    (tree / ".git" / "h.txt").unlink()
+    (tree / ".git").rmdir()
+    for name in ("other/there", "sub/deep/down"):
+        (tree / name).mkdir(parents=True)
+        (tree / name / "x.txt").write_text("x")
+    looked: list[str] = []
+    whole = corpus._walk
+
+    def watched(filesystem: Any, folder: str, *rest: Any) -> Iterator[Any]:
+        looked.append(os.path.relpath(folder, tree))
+        return whole(filesystem, folder, *rest)
+
+    monkeypatch.setattr(corpus, "_walk", watched)
+    assert paths(f"{tree}/{pattern}")
+    assert sorted(looked) == [".", *entered]
+
+
 def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("x")
     assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]
@@ -150,6 +194,8 @@ def test_an_address_is_a_source_too() -> None:
         ("sub/__pycache__/g.py/x", "not found|cannot be reached"),
         ("empty", "all its 1 files are empty"),
         ("only_pictures", "matches no files of text"),
+        ("[z-a]*.txt", r"is no pattern \(bad character range z-a .*; correct the brackets"),
+        ("[z-a]*/*.txt", r"is no pattern \(bad character range z-a .*; correct the brackets"),
     ],
 )
 def test_sources_without_text_are_refused(tree: Path, path: str, told: str) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,6 +41,13 @@ _PLAIN_TEXT = """
     .exs .el .lisp .scm .sh .bash .zsh .fish .ps1 .bat .asm .s .f .f90 .f95 .v .sv .vhd .zig .nim
     .d .dart .groovy .gradle .cmake .mk .proto .thrift .tcl .vim"""
 PLAIN_TEXT = frozenset(_PLAIN_TEXT.split())
+# Files that lie side by side in a run directory, and in a folder of shards.
+_OUR_MARKS = (
+    {"config.yaml", "plan.json"},
+    {"config.yaml", "driver.lock"},
+    {"manifest.json", "preparation.json"},
+)
+_MARKING = set().union(*_OUR_MARKS)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,10 @@ class Unit:
         return sum(file.size for file in self.files)
 
 
+# A source's root, the files that were listed there, and which of their paths it takes in.
+_Listing = tuple[str, list[TextFile], Callable[[str], bool]]
+
+
 # ── which files ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -136,10 +148,24 @@ def source_root(spec: SourceSpec) -> str:
     return spec.path if "://" in spec.path else absolute(spec.path)
 
 
-def find_files(spec: SourceSpec) -> Corpus:
-    """List a source's files. Raises DataError where there are none."""
+def find_files(
+    spec: SourceSpec, skip: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> Corpus:
+    """List a source's files. Raises DataError where there are none.
+
+    What runs and preparations wrote below it is no text: folders that look like theirs are left
+    out, and those of `skip`. The log is told.
+    """
     assert spec.name, "named_sources gives every source its name"
-    root, files = _python_stdlib() if spec.path == PYTHON_STDLIB else _match(source_root(spec))
+    is_stdlib = spec.path == PYTHON_STDLIB
+    root, listed, takes = _python_stdlib() if is_stdlib else _match(source_root(spec))
+    files = [file for file in listed if takes(file.path)]
+    if ours := tuple(f"{folder}/" for folder in sorted(_ours(root, listed, skip))):
+        num_listed = len(files)
+        files = [file for file in files if not file.path.startswith(ours)]
+        if left_out := num_listed - len(files):
+            shown = ", ".join(ours[:3]) + (", …" if len(ours) > 3 else "")
+            log(f"{spec.name}: {left_out:,} files left out, in folders of runs or shards: {shown}")
     if not files:
         raise DataError(
             f"source {spec.path}: matches no files of text; name a file, or a glob such as "
@@ -150,26 +176,27 @@ def find_files(spec: SourceSpec) -> Corpus:
     return Corpus(spec.name, root, spec.text_field, tuple(sorted(files, key=lambda f: f.path)))
 
 
-def _python_stdlib() -> tuple[str, list[TextFile]]:
+def _python_stdlib() -> _Listing:
     root = sysconfig.get_paths()["stdlib"]
     not_ours = {"site-packages", "dist-packages", "__pycache__"}
     names = [name for name in sorted(os.listdir(root)) if name not in not_ours]
     files = [file for name in names for file in _list(f"{root}/{name}", root)]
-    return root, [file for file in files if file.path.endswith(".py")]
+    return root, files, lambda path: path.endswith(".py")
 
 
-def _match(path: str) -> tuple[str, list[TextFile]]:
-    """The root and the files that a path means: a file, a folder, or a glob."""
+def _match(path: str) -> _Listing:
+    """What a path means: a file, a folder, or a glob."""
     filesystem, inner = locate(path)
     info = _file_info(filesystem, inner, path)
     if info.type == pafs.FileType.File:
         root = path.partition("?")[0] if "://" in path else path
         query = path[len(root) :]
         root = root.rsplit("/", 1)[0] or "/"
-        return root + query, [TextFile(info.base_name, info.size, info.mtime_ns)]
+        file = TextFile(info.base_name, info.size, info.mtime_ns)
+        return root + query, [file], lambda path: True
     if info.type == pafs.FileType.Directory:
         files = _list(path, path, lambda folder: not _is_hidden(os.path.basename(folder)))
-        return path.rstrip("/") or "/", [file for file in files if _is_text(file.path)]
+        return path.rstrip("/") or "/", files, _is_text
     root, pattern = _split_glob(path)
     if not pattern:
         raise DataError(f"source {path}: not found; correct the path")
@@ -178,7 +205,20 @@ def _match(path: str) -> tuple[str, list[TextFile]]:
     except re.error as error:
         raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
     is_deep = "/" in pattern or "**" in pattern
-    return root, [file for file in _list(root, root, enters, is_deep) if matches(file.path)]
+    return root, _list(root, root, enters, is_deep), lambda path: matches(path) is not None
+
+
+def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
+    """The folders below a root that are to be skipped, or that hold the files that mark our own."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        folder, _, name = file.path.rpartition("/")
+        if name in _MARKING:
+            names[folder].add(name)
+    marked = {folder for folder in names if any(mark <= names[folder] for mark in _OUR_MARKS)}
+    above = f"{root.rstrip('/')}/"
+    skipped = {path.removeprefix(above) for path in map(absolute, skip) if path.startswith(above)}
+    return marked - {""} | skipped
 
 
 def _file_info(filesystem: pafs.FileSystem, inner: str, path: str) -> pafs.FileInfo:

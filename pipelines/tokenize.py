@@ -129,6 +129,7 @@ def prepare(
     undecodable: str = "skip",
     backend: str = "inline",
     max_shard_tokens: int = MAX_SHARD_TOKENS,
+    skip: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> Manifest:
@@ -136,8 +137,9 @@ def prepare(
 
     `backend` "ray" spreads the units over the Ray that is already connected, "inline" works them
     off here; the shards are the same bit for bit. `undecodable` texts are counted and left out
-    ("skip"), or end the preparation ("refuse"). `progress` is told the bytes of source files done
-    and in all. Raises DataError, in one line, for whatever is wrong with the input or the folder.
+    ("skip"), or end the preparation ("refuse"). Of a source, the folders in `skip` are no part, nor
+    is this one. `progress` is told the bytes of source files done and in all. Raises DataError, in
+    one line, for whatever is wrong with the input or the folder.
     """
     _check_choices(validation_share, row_tokens, undecodable, backend)
     specs = named_sources(sources)
@@ -149,7 +151,7 @@ def prepare(
         row_tokens=row_tokens,
         undecodable=undecodable,
     )
-    corpora = [find_files(spec) for spec in specs]
+    corpora = [find_files(spec, (folder, *skip), log) for spec in specs]
     listing = _hash([asdict(corpus) for corpus in corpora])
     if done := _unchanged(folder, {**settings, "listing": listing}):
         log(f"{folder}: already prepared, nothing has changed")

@@ -124,6 +124,19 @@ def test_text_that_does_not_decode(capsys: Capsys, tmp_path: Path, text: Path) -
     assert [source["skipped"] for source in facts["sources"].values()] == [1]
 
 
+def test_a_run_does_not_feed_on_its_own_output(capsys: Capsys, tmp_path: Path, text: Path) -> None:
+    shutil.copytree(text, source := tmp_path / "source")
+    args = arguments(source / "runs", source, data__cache=source / "shards")
+    facts = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert main(["prepare", *args, "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+        assert main(["run", *args]) == 0
+    assert facts[0] == facts[1]
+    assert facts[0]["sources"]["source"]["documents"] == len(list(text.iterdir()))
+
+
 def test_text_that_is_left_out_is_told(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for number in range(40):

@@ -122,6 +122,32 @@ def test_globs(tree: Path, pattern: str, expected: list[str]) -> None:
     assert paths(f"{tree}/{pattern}") == expected
 
 
+def test_what_runs_and_preparations_wrote_is_no_text(tree: Path) -> None:
+    expected = paths(str(tree))
+    for name in (
+        "cache/b.txt",
+        "new/config.yaml",
+        "new/driver.lock",
+        "out/demo/config.yaml",
+        "out/demo/model/card.md",
+        "out/demo/plan.json",
+        "shards/a/manifest.json",
+        "shards/a/preparation.json",
+        "shards/a/web/train-0.parquet",
+    ):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    lines: list[str] = []
+    spec = named_sources([SourceSpec(str(tree))])[0]
+    files = find_files(spec, (f"{tree}/cache/", str(tree), "/elsewhere"), lines.append).files
+    assert [file.path for file in files] == expected
+    assert lines == [
+        "tree: 5 files left out, in folders of runs or shards: cache/, new/, out/demo/, …"
+    ]
+    assert paths(f"{tree}/out/demo") == ["config.yaml", "model/card.md"], "said by its own name"
+    assert "out/demo/plan.json" not in paths(f"{tree}/**/*")
+
+
 def test_links_in_circles_are_not_followed(tree: Path) -> None:
     expected = paths(str(tree))
     globbed = paths(f"{tree}/**/*.py")

@@ -39,7 +39,8 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
         check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
     else:
         sources, settings, folder = _preparation(config)
-        manifest = prepare(sources, folder=folder, backend=backend, log=say, **settings)
+        ours = (cache_folder(config), Storage(config.run.storage).url)
+        manifest = prepare(sources, folder=folder, backend=backend, skip=ours, log=say, **settings)
     verify_shards(manifest)
     for source in manifest.sources:
         if source.num_skipped:

@@ -48,7 +48,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus of the mixture; `skipped` names the first of `num_skipped` unreadable texts."""
+    """One corpus of the mixture; `skipped` names the first of `num_skipped` unreadable texts.
+
+    `cut` names the first of `num_cut` files of which all or the rest was left out, however many
+    texts that were.
+    """
 
     name: str
     path: str
@@ -58,10 +62,27 @@ class Source:
     skipped: tuple[dict[str, str], ...]
     train: Split
     validation: Split
+    num_cut: int = 0
+    cut: tuple[dict[str, str], ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """What could not be read, with examples; empty where all could."""
+        kinds = (
+            ("texts", self.num_skipped, self.skipped[:1]),
+            ("files, or the rest of them", self.num_cut, self.cut[:3]),
+        )
+        return " and ".join(
+            f"{number:,} {kind} ({_examples(entries)})" for kind, number, entries in kinds if number
+        )
 
     def split(self, name: str) -> Split:
         assert name in SPLITS, name
         return self.train if name == "train" else self.validation
+
+
+def _examples(entries: tuple[dict[str, str], ...]) -> str:
+    return "; ".join(f"{entry['path']}: {entry['reason']}" for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -179,7 +200,9 @@ def _source_from_json(content: dict[str, Any]) -> Source:
         )
         for name in SPLITS
     }
-    return Source(**{**content, "skipped": tuple(content["skipped"]), **splits})
+    # Older manifests have no `cut`.
+    named = {"skipped": tuple(content["skipped"]), "cut": tuple(content.get("cut", ()))}
+    return Source(**{**content, **named, **splits})
 
 
 # ── verification ─────────────────────────────────────────────────────────────────────────────────

@@ -27,6 +27,8 @@ from pipelines.errors import DataError, one_line
 from pipelines.storage import locate, os_errors
 
 PIECE_BYTES = 2**20
+SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged: all that comes before is kept
+_COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A text that cannot be used, and why."""
+    """A text that cannot be used, or all the texts that are left in a file, and why."""
 
     path: str
     reason: str
+    is_rest: bool = False
 
 
 def read_unit(unit: Unit) -> Iterator[Text | Unreadable]:
@@ -98,24 +101,31 @@ def _decoded(
         copy = path if is_here else f"{folder}/{os.path.basename(path)}"
         _fetch(filesystem, path, os.devnull if is_here else copy)
         try:
-            for number, text in enumerate(_texts(pafs.LocalFileSystem(), copy, file, text_field)):
+            salvaged = _texts(pafs.LocalFileSystem(), copy, file, text_field, SALVAGE_BYTES)
+            for number, text in enumerate(salvaged):
                 if number >= num_given:
                     yield text
         except MemoryError:  # Arrow's is one of its exceptions, too
             raise
         except (OSError, pa.ArrowException) as error:
-            yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})")
+            yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})", is_rest=True)
 
 
 def _texts(
-    filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
+    filesystem: pafs.FileSystem,
+    path: str,
+    file: TextFile,
+    text_field: str,
+    chunk_bytes: int | None = None,
 ) -> Iterator[Text | Unreadable]:
+    """The texts of a file. Where that is told, it is read so many bytes at a time, and what comes
+    before an error is given before it is raised."""
     kind = file_kind(file.path)
     if kind in PARQUET:
         return _parquet_rows(filesystem, path, file, text_field)
     if kind in JSON_LINES:
-        return _json_lines(filesystem, path, file, text_field)
-    return _pieces(filesystem, path, file)
+        return _json_lines(filesystem, path, file, text_field, chunk_bytes or PIECE_BYTES)
+    return _pieces(filesystem, path, file, chunk_bytes)
 
 
 def _fetch(filesystem: pafs.FileSystem, path: str, copy: str) -> None:
@@ -130,19 +140,29 @@ def _fetch(filesystem: pafs.FileSystem, path: str, copy: str) -> None:
 
 
 def _compression(path: str) -> str:
-    """What pyarrow is to do with a file's bytes; it knows .zst by itself, and not .zstd."""
-    return "zstd" if path.lower().endswith(".zstd") else "detect"
+    """What pyarrow is to do with a file's bytes; by itself it knows neither .zstd nor .GZ."""
+    return _COMPRESSION.get(os.path.splitext(path.lower())[1], "detect")
 
 
 # ── text files ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _pieces(filesystem: pafs.FileSystem, path: str, file: TextFile) -> Iterator[Text | Unreadable]:
+def _pieces(
+    filesystem: pafs.FileSystem, path: str, file: TextFile, chunk_bytes: int | None
+) -> Iterator[Text | Unreadable]:
     """A text file as its pieces; only the last one ends the document."""
     index = 0
     pending = b""
     with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
-        while chunk := stream.read(PIECE_BYTES):
+        while True:
+            try:
+                chunk = stream.read(chunk_bytes or PIECE_BYTES)
+            except (OSError, pa.ArrowException):
+                if chunk_bytes and (whole := _whole_characters(pending)):
+                    yield _decode(file.path, index, whole, ends_document=False)
+                raise
+            if not chunk:
+                break
             pending += chunk
             while len(pending) > PIECE_BYTES:
                 cut = _cut(pending)
@@ -164,6 +184,16 @@ def _cut(pending: bytes) -> int:
     return cut
 
 
+def _whole_characters(raw: bytes) -> bytes:
+    """Without the part of a character that may be at its end."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return raw[: error.start]
+    return raw
+
+
 def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text | Unreadable:
     if index == 0:
         raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
@@ -178,10 +208,10 @@ def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text |
 
 
 def _json_lines(
-    filesystem: pafs.FileSystem, path: str, file: TextFile, field: str
+    filesystem: pafs.FileSystem, path: str, file: TextFile, field: str, chunk_bytes: int
 ) -> Iterator[Text | Unreadable]:
     with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
-        for index, line in enumerate(io.BufferedReader(stream, PIECE_BYTES)):
+        for index, line in enumerate(io.BufferedReader(stream, chunk_bytes)):
             if not line.strip():
                 continue
             where = f"line {index + 1}"
@@ -200,11 +230,12 @@ def _parquet_rows(
     with filesystem.open_input_file(path) as stream:
         parquet = pq.ParquetFile(stream)
         names = parquet.schema_arrow.names
-        if field not in names:
-            found = ", ".join(names)
-            yield Unreadable(file.path, f"no column {field!r} (text_field); it has {found}")
-            return
         start, stop = file.row_groups or (0, parquet.num_row_groups)
+        if field not in names:
+            if start == 0:  # of a file that is read in parts, the first one says so
+                reason = f"no column {field!r} (text_field); it has {', '.join(names)}"
+                yield Unreadable(file.path, reason, is_rest=True)
+            return
         index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         groups = range(start, stop)
         for batch in parquet.iter_batches(256, groups, [field], use_threads=False):

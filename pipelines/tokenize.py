@@ -343,21 +343,25 @@ def _source(corpus: Corpus, spec: SourceSpec, records: Sequence[Record]) -> Sour
         )
         for split in SPLITS
     }
-    skipped = [text for record in records for text in record["skipped"]][:MAX_NAMED_SKIPS]
+    skipped, cut = (
+        tuple(text for record in records for text in record.get(kind, ()))[:MAX_NAMED_SKIPS]
+        for kind in ("skipped", "cut")
+    )
     source = Source(
         name=corpus.name,
         path=spec.path,
         documents=sum(record["documents"] for record in records),
         text_bytes=sum(record["text_bytes"] for record in records),
         num_skipped=sum(record["num_skipped"] for record in records),
-        skipped=tuple(skipped),
+        skipped=skipped,
+        num_cut=sum(record.get("num_cut", 0) for record in records),  # older records have none
+        cut=cut,
         **splits,
     )
     if not source.train.tokens:
-        first = f" ({skipped[0]['path']}: {skipped[0]['reason']})" if skipped else ""
         raise DataError(
             f"source {spec.path}: gives nothing to train on: {source.documents:,} documents, "
-            f"{source.validation.tokens:,} tokens held out, {source.num_skipped:,} texts "
-            f"unreadable{first}; name more text, or lower data.validation_share"
+            f"{source.validation.tokens:,} tokens held out, left out {source.left_out or 'nothing'}"
+            "; name more text, or lower data.validation_share"
         )
     return source

@@ -88,6 +88,8 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
         "text_bytes": 0,
         "num_skipped": 0,
         "skipped": [],
+        "num_cut": 0,
+        "cut": [],
     }
     for texts in _batches(read_unit(unit), job, unit, record):
         for text, tokens in zip(texts, _encode(job, texts), strict=True):
@@ -115,9 +117,10 @@ def _batches(
                     f"{unit.root}/{text.path}: {text.reason}; mend or leave out the file, "
                     "or set data.undecodable=skip"
                 )
-            record["num_skipped"] += 1
-            if len(record["skipped"]) < MAX_NAMED_SKIPS:
-                record["skipped"].append(asdict(text))
+            kind = "cut" if text.is_rest else "skipped"
+            record[f"num_{kind}"] += 1
+            if len(record[kind]) < MAX_NAMED_SKIPS:
+                record[kind].append({"path": text.path, "reason": text.reason})
             continue
         batch.append(text)
         num_bytes += text.num_bytes

@@ -144,7 +144,7 @@ def test_text_that_is_left_out_is_told(capfd: pytest.CaptureFixture[str], tmp_pa
     (tmp_path / "text" / "latin.txt").write_bytes("café\n".encode("latin-1") * 50)
     assert main(["run", *arguments(tmp_path / "runs", tmp_path / "text")]) == 0
     said = capfd.readouterr().out
-    assert "text: 1 texts left out, such as latin.txt: not UTF-8 at byte 3" in said
+    assert "text: left out 1 texts (latin.txt: not UTF-8 at byte 3" in said
 
 
 def test_a_model_that_cannot_be_is_told_before_the_text_is_tokenized(

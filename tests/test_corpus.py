@@ -435,6 +435,34 @@ def test_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reasons(read(tmp_path / "b.parquet"))[0].startswith("damaged or cut short")
 
 
+@pytest.mark.parametrize("how", ["cut short", "padded"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_what_comes_before_the_damage_is_kept(tmp_path: Path, kind: str, how: str) -> None:
+    whole = "".join(f'{{"text": "line {i * i} grün"}}\n' for i in range(60_000))
+    content = gzip.compress(whole.encode())
+    content = content[:-5000] if how == "cut short" else content + b"\0" * 512
+    (tmp_path / f"a{kind}.gz").write_bytes(content)
+    items = read(tmp_path / f"a{kind}.gz")
+    (rest,) = (item for item in items if isinstance(item, Unreadable))
+    assert rest.reason.startswith("damaged or cut short") and rest.is_rest
+    read_bytes = sum(len(item.encode()) for item in contents(items))
+    expected = (
+        whole if kind == ".txt" else "".join(json.loads(w)["text"] for w in whole.split("\n")[:-1])
+    )
+    assert expected.startswith("".join(contents(items)))
+    assert read_bytes > len(expected.encode()) - (60_000 if how == "cut short" else 10_000)
+
+
+@pytest.mark.parametrize("name", ["A.TXT.GZ", "A.Txt.Zst", "A.TXT.BZ2", "A.TXT.ZSTD"])
+def test_a_compressed_file_may_be_named_in_capitals(tmp_path: Path, name: str) -> None:
+    compression = texts._compression(name)
+    with pa.output_stream(str(tmp_path / name), compression=compression) as stream:
+        stream.write(b"some text\n")
+    assert paths(str(tmp_path)) == [name]
+    assert contents(read(tmp_path / name)) == ["some text\n"]
+    assert compression in ("gzip", "zstd", "bz2")
+
+
 def test_text_is_never_left_out_because_storage_failed(tree: Path) -> None:
     source = found(str(tree / "a.txt"))
     (tree / "a.txt").unlink()

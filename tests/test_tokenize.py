@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import corpus, units
@@ -422,9 +423,29 @@ def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> 
     with pytest.raises(DataError) as error:
         prepared(specs, folder, validation_share=0.0)
     assert "bad: gives nothing to train on: 0 documents" in told(error)
-    assert "1 texts unreadable (a.txt: not UTF-8 at byte 0" in told(error)
+    assert "left out 1 texts (a.txt: not UTF-8 at byte 0" in told(error)
     with pytest.raises(DataError, match="not found"):
         Manifest.load(folder)
+
+
+def test_files_are_counted_apart_from_texts_and_named(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "rows").mkdir()
+    for name, column, rows in (("good", "text", 900), ("other", "body", 700)):
+        table = pa.table({column: [f"{name} row {i}" for i in range(rows)]})
+        pq.write_table(table, tmp_path / "rows" / f"{name}.parquet", row_group_size=9)
+    (tmp_path / "rows" / "latin.txt").write_bytes(b"caf\xe9")
+    (source,) = prepared([SourceSpec(str(tmp_path / "rows"))], folder).sources
+    assert (source.documents, source.num_skipped, source.num_cut) == (900, 1, 1)
+    assert source.left_out == (
+        "1 texts (latin.txt: not UTF-8 at byte 3 (unexpected end of data)) and 1 files, or the "
+        "rest of them (other.parquet: no column 'text' (text_field); it has body)"
+    )
+    assert Manifest.load(folder).sources == (source,)
+    path = Path(folder, "manifest.json")  # as older versions wrote it
+    content = json.loads(path.read_text())
+    del content["sources"][0]["cut"], content["sources"][0]["num_cut"]
+    path.write_text(json.dumps(content))
+    assert Manifest.load(folder).sources == (replace(source, num_cut=0, cut=()),)
 
 
 def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str) -> None:

@@ -143,6 +143,7 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
                 "train_tokens": source.train.tokens,
                 "validation_tokens": source.validation.tokens,
                 "skipped": source.num_skipped,
+                "skipped_files": source.num_cut,
             }
             for source in manifest.sources
         },
@@ -153,7 +154,8 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     for source in manifest.sources:
         print(
             f"{source.name}: {source.documents:,} documents, {source.train.tokens:,} training and "
-            f"{source.validation.tokens:,} validation tokens, {source.num_skipped} skipped"
+            f"{source.validation.tokens:,} validation tokens, "
+            f"{source.num_skipped:,} texts and {source.num_cut:,} files left out"
         )
     print(f"shards: {manifest.folder}")
 

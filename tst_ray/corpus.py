@@ -43,12 +43,8 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
         manifest = prepare(sources, folder=folder, backend=backend, skip=ours, log=say, **settings)
     verify_shards(manifest)
     for source in manifest.sources:
-        if source.num_skipped:
-            first = source.skipped[0]
-            say(
-                f"{source.name}: {source.num_skipped:,} texts left out, such as {first['path']}: "
-                f"{first['reason']}"
-            )
+        if source.left_out:
+            say(f"{source.name}: left out {source.left_out}")
     if not any(source.validation.tokens for source in manifest.sources):
         say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest

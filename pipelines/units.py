@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from pipelines.corpus import Unit, is_held_out
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 from pipelines.manifest import SPLITS, Shard, damaged_shards
 from pipelines.shards import ShardWriter
 from pipelines.storage import locate, read_bytes, write_atomically
@@ -153,16 +153,28 @@ def run_inline(job: Job, units: dict[str, Unit]) -> Iterator[Record]:
 
 
 def run_on_ray(job: Job, units: dict[str, Unit]) -> Iterator[Record]:
-    """One Ray Data task per unit (for very many units: per few), a core each."""
+    """One Ray Data task per unit (for very many units: per few), a core each.
+
+    Raises DataError where text or storage is to blame, or Ray lost the tasks.
+    """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
     items = [{"unit": pickle.dumps(item)} for item in units.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 10_000))
     dataset.context.enable_progress_bars = False
-    for row in dataset.map(_ray_row, fn_kwargs={"job": job}, num_cpus=1).iter_rows():
-        if row["error"]:
-            raise DataError(row["error"])
-        yield json.loads(row["record"])
+    try:
+        for row in dataset.map(_ray_row, fn_kwargs={"job": job}, num_cpus=1).iter_rows():
+            if row["error"]:
+                raise DataError(row["error"])
+            yield json.loads(row["record"])
+    except RayTaskError:  # the function's own, and so a defect
+        raise
+    except RayError as error:  # a node is lost, or short of memory
+        raise DataError(
+            f"{job.folder}: Ray could not tokenize it all ({one_line(error)}); the same command "
+            "goes on with what is left"
+        ) from error
 
 
 def _ray_row(row: dict[str, bytes], *, job: Job) -> dict[str, str]:
@@ -170,7 +182,7 @@ def _ray_row(row: dict[str, bytes], *, job: Job) -> dict[str, str]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task was given one core
     try:
         record = tokenize_unit(job, *pickle.loads(row["unit"]))
-    except DataError as error:  # told by the driver in its one line, not by Ray in many
+    except (DataError, OSError) as error:  # told by the driver in its one line, not by Ray in many
         return {"record": "", "error": str(error)}
     return {"record": json.dumps(record), "error": ""}
 

@@ -82,6 +82,8 @@ Capsys = pytest.CaptureFixture[str]
         ("tst.weighting", "linear", 'tst.weighting = "linear"'),
         ("tst.bag_size", 0, "tst.bag_size = 0"),
         ("train.stepz", 5, "train.steps"),
+        ("run.seed", 2**64, "must be at most 18,446,744,073,709,551,615"),
+        ("data.vocab_size", 2**40, "must be at most 16,777,216"),
         ("nonsense.field", 1, "nonsense"),
         ("train.steps", "many", 'train.steps = "many"'),
     ],
@@ -188,6 +190,18 @@ def test_an_error_of_training_is_told_in_a_line(
     events = Storage(str(tmp_path / "bad")).read_lines("events.jsonl")
     (traceback,) = [event["traceback"] for event in events if event["event"] == "error"]
     assert "train_phases" in traceback and "in fails" in traceback
+
+
+def test_settings_that_prepared_shards_do_not_heed_are_told(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
+) -> None:
+    changes = {"data__row_tokens": 128, "data__validation_share": 0.5, "data__undecodable": "skip"}
+    assert main(["prepare", *arguments(tmp_path, None, **prepared(shards), **changes)]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "ignored" in line]
+    assert said == [
+        "data.row_tokens = 128: is ignored with data.prepared; the shards were made with 512",
+        "data.validation_share = 0.5: is ignored with data.prepared; the shards were made with 0.1",
+    ]
 
 
 def test_an_override_without_its_sign_is_explained(capsys: Capsys) -> None:

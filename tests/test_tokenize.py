@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -627,6 +628,21 @@ def test_whether_nothing_has_changed_is_seen_without_transformers(
 
 
 # ── through Ray Data ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_tasks_that_ray_lost_are_told_in_a_line(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    dataset = Mock()
+    dataset.map.return_value.iter_rows.side_effect = OutOfMemoryError("killed\nand more")
+    monkeypatch.setattr("ray.data.from_items", lambda *args, **options: dataset)
+    with pytest.raises(
+        DataError, match=r"Ray could not tokenize it all \(killed and more"
+    ) as error:
+        prepared(sources, folder, backend="ray")
+    told(error)
 
 
 @pytest.fixture(scope="module")

@@ -295,7 +295,7 @@ _WRONG = {
     "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "less_than_equal": "must be at most {le:,}",
     "finite_number": "must be finite",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",

@@ -37,6 +37,8 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
         manifest = Manifest.load(absolute(config.data.prepared))
         tokenizer = config.data.tokenizer
         check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
+        for remark in _ignored(config, manifest):
+            say(remark)
     else:
         sources, settings, folder = _preparation(config)
         ours = (cache_folder(config), Storage(config.run.storage).url)
@@ -48,6 +50,21 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     if not any(source.validation.tokens for source in manifest.sources):
         say("no text was held out for validation; raise data.validation_share or add documents")
     return manifest
+
+
+def _ignored(config: Config, manifest: Manifest) -> list[str]:
+    """Settings that were given and are not those that the prepared shards were made with."""
+    settings = manifest.settings
+    made = {**settings, "vocab_size": settings.get("tokenizer", {}).get("train")}
+    given = config.data.model_fields_set & {
+        "vocab_size", "validation_share", "row_tokens", "undecodable",
+    }  # fmt: skip
+    return [
+        f"data.{name} = {getattr(config.data, name)}: is ignored with data.prepared; the shards "
+        f"were made with {made.get(name) or 'none'}"
+        for name in sorted(given)
+        if getattr(config.data, name) != made.get(name)
+    ]
 
 
 def corpus_begun_with(

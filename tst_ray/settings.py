@@ -136,7 +136,7 @@ class RunConfig(_Section):
     """the name of the run's directory: letters, digits, '.', '_' and '-'"""
     storage: str = Field(default="runs", min_length=1)
     """the folder or URL that holds run directories"""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**64 - 1)
     """the seed of the weights and of the data's order"""
 
 
@@ -198,7 +198,7 @@ class DataConfig(_Section):
     """with prepared: each source's weight in the mixture, by name; their tokens unless given"""
     tokenizer: str = "train"
     """train (on the text itself), or a tokenizer's Hugging Face id or folder"""
-    vocab_size: int = Field(default=1024, ge=1)
+    vocab_size: int = Field(default=1024, ge=1, le=2**24)
     """the vocabulary of a tokenizer that is trained"""
     validation_share: float = Field(default=0.02, ge=0, lt=1)
     """the share of the documents held out for validation"""

@@ -75,6 +75,15 @@ def committed(root: Storage, damaged: bool = False) -> list[CheckpointInfo]:
     return sorted(found, key=lambda info: -info.step)
 
 
+def newest_step(run: Storage) -> int:
+    """The step of a run's newest committed checkpoint that nobody found damaged; 0 without any.
+
+    Workers, who verify before they load, may find it damaged and go back to an earlier one.
+    """
+    found = patiently(lambda: committed(run / "checkpoints"))
+    return found[0].step if found else 0
+
+
 def read_meta(info: CheckpointInfo) -> CheckpointInfo:
     """The checkpoint with its meta.json, which must be the one its marker committed.
 

@@ -27,6 +27,7 @@ from typing import Any
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
+from tst_ray.checkpoint import newest_step
 from tst_ray.config import Config
 from tst_ray.corpus import (
     build_feeds,
@@ -41,7 +42,7 @@ from tst_ray.errors import ConfigError, Interrupted, RunError
 from tst_ray.goodput import Account
 from tst_ray.group import one_line
 from tst_ray.job import Job
-from tst_ray.journal import read_state, update_state
+from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
 from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_bytes
 from tst_ray.runstore import (
@@ -63,7 +64,7 @@ from tst_ray.session import (
     unused_gpus,
 )
 from tst_ray.sight import Sight
-from tst_ray.stage import Stage, charge, newest_step
+from tst_ray.stage import Stage
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]

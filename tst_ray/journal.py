@@ -48,6 +48,17 @@ def update_state(run: Storage, **changes: Any) -> None:
     run.write_json(STATE, {**read_state(run), **changes, "updated": round(time.time(), 3)})
 
 
+def charge(run: Storage, part: str) -> None:
+    """Charge the time since the run's account was last written to a part (goodput.py)."""
+    try:
+        now = time.time()
+        account = Account.from_dict(read_state(run).get("time"), now)
+        account.charge(part, now)
+        update_state(run, time=account.to_dict())
+    except OSError as error:  # what follows is charged with it
+        log.warning("the account of time is late: %s", error)
+
+
 def request_stop(run: Storage, reason: str) -> None:
     """Ask the group that trains to save a checkpoint and end after its step."""
     run.write_json(CONTROL, {"stop": reason, "time": round(time.time(), 3)})

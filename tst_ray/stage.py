@@ -37,15 +37,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.errors import DataError, one_line
-from tst_ray.checkpoint import committed
+from tst_ray.checkpoint import newest_step
 from tst_ray.config import Config
 from tst_ray.elastic import Growth, growth_pays
 from tst_ray.errors import Interrupted, RunError, UserError
-from tst_ray.goodput import Account
 from tst_ray.group import Group, GroupFailed
 from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
-from tst_ray.journal import clear_stop, read_state, request_stop, update_state
+from tst_ray.journal import charge, clear_stop, read_state, request_stop
 from tst_ray.metrics import EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
@@ -65,26 +64,6 @@ _FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a r
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
 _EVENTS_BYTES = 1 << 20  # of some days
-
-
-def newest_step(run: Storage) -> int:
-    """The step of the newest committed checkpoint that nobody found damaged; 0 without any.
-
-    Workers, who verify before they load, may find it damaged and go back to an earlier one.
-    """
-    found = patiently(lambda: committed(run / "checkpoints"))
-    return found[0].step if found else 0
-
-
-def charge(run: Storage, part: str) -> None:
-    """Charge the time since the run's account was last written to a part (goodput.py)."""
-    try:
-        now = time.time()
-        account = Account.from_dict(read_state(run).get("time"), now)
-        account.charge(part, now)
-        update_state(run, time=account.to_dict())
-    except OSError as error:  # what follows is charged with it
-        log.warning("the account of time is late: %s", error)
 
 
 @dataclass(frozen=True)

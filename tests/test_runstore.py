@@ -224,6 +224,22 @@ def test_a_run_that_has_begun_needs_the_shards_it_began_with(tmp_path: Path) -> 
     (tmp_path / "before" / "manifest.json").touch()
     began_with = {"before/manifest.json": "data.cache"}
     assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | began_with
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "manifest.json").touch()
+    copied = f"--data.prepared={tmp_path}/copied"
+    now = {"copied/manifest.json": "data.prepared"}
+    assert needed(tmp_path, copied, shards=f"{tmp_path}/before") == RUN | now
+
+
+def test_a_run_whose_cache_has_moved_needs_the_shards_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("before", "now"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    monkeypatch.setattr("tst_ray.runstore.shards_folder", lambda config: f"{tmp_path}/now")
+    moved = {"now/manifest.json": "data.cache"}
+    assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | moved
 
 
 def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from typing import Any, TextIO
 
 import yaml
 
+from pipelines.errors import DataError
 from tst_ray.config import Config, diff
-from tst_ray.corpus import cache_folder
+from tst_ray.corpus import cache_folder, shards_folder
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.metrics import EVENTS
 from tst_ray.storage import Storage, patiently
@@ -276,7 +277,7 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
     if config.model.source is not None and os.path.isdir(config.model.source):
         needed[config.model.source] = "model.source"
     begun_with = (run.read_json(PLAN) or {}).get("shards")
-    shards = Storage(begun_with or config.data.prepared or cache_folder(config))
+    shards = Storage(_place_of_shards(config, begun_with))
     if shards.is_local and not _is_below(shards.path, Storage(config.run.storage)):
         if shards.exists(MANIFEST):
             needed[shards.at(MANIFEST)] = "data.prepared" if config.data.prepared else "data.cache"
@@ -285,6 +286,19 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
                 shards.write(_SEEN, "")
                 needed[shards.at(_SEEN)] = "data.cache"
     return needed
+
+
+def _place_of_shards(config: Config, begun_with: str | None) -> str:
+    """The folder of the shards, or the one that it will be in; see `corpus.corpus_begun_with`."""
+    if config.data.prepared:
+        return config.data.prepared
+    if begun_with is None:
+        return cache_folder(config)
+    with contextlib.suppress(DataError, RunError):  # that is told elsewhere
+        now = shards_folder(config)
+        if Storage(now).exists(MANIFEST):
+            return now
+    return begun_with
 
 
 def _is_below(path: str, storage: Storage) -> bool:

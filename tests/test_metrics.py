@@ -116,9 +116,14 @@ def test_curves_are_thinned_but_evaluations_are_not(run: Storage) -> None:
     assert len(run.read_lines(METRICS)) == 10
 
 
+@pytest.mark.parametrize("again_s, files", [(0.0, 3), (60.0, 1)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_points_that_storage_does_not_take_are_drawn_later(
-    run: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Storage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    again_s: float,
+    files: int,
 ) -> None:
     """TensorBoard's own writer has ended then, and its file may end in half a point."""
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -135,11 +140,14 @@ def test_points_that_storage_does_not_take_are_drawn_later(
         write(writer, data)
 
     monkeypatch.setattr(RecordWriter, "write", write_or_fail)
+    monkeypatch.setattr("tst_ray.curves._AGAIN_S", again_s)
     log = MetricsLog(run, 0, 1, "")
     for step in range(1, 13):
         fails = 4 <= step <= 6
         log.write(record(step, float(step)))
         log.publish()
+        if step == 6:
+            assert len((run / TENSORBOARD).names()) == files
     log.close()
     assert "503" in caplog.text
     assert curve(run, "loss/train") == [(step, float(step)) for step in range(1, 13)]

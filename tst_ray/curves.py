@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 TENSORBOARD = "tensorboard"
+_AGAIN_S = 60.0  # after points could not be drawn: each try begins a file, on a full disk too
 
 Draw = Callable[["SummaryWriter"], None]
 
@@ -40,17 +41,20 @@ class Curves:
         self._board: SummaryWriter | None = None
         self._scratch: Path | None = None
         self._is_behind = False  # whether what was drawn does not stand in the run directory yet
+        self._again_at = 0.0
 
     def add(self, step: int, draw: Draw) -> None:
         """Have something drawn at a step, once it is published."""
         self._points.append((step, draw))
 
     def publish(self) -> None:
-        """Make what was added stand.
+        """Make what was added stand; for a minute after it could not be drawn, it waits.
 
         Raises:
             OSError: storage does not take it; it waits.
         """
+        if time.monotonic() < self._again_at:
+            return
         points = self._points[:]
         try:
             if points:
@@ -63,6 +67,7 @@ class Curves:
         except Exception as error:  # whatever the writer's own thread met, it has ended with it
             if self._purge_step is not None:
                 self._purge_step = points[0][0]
+            self._again_at = time.monotonic() + _AGAIN_S
             self._board = None  # its file may end in half a point: the next try is in another
             what = f"the curves' points of {len(points)} steps wait for storage"
             raise OSError(f"{what}: {error}") from error
@@ -88,6 +93,7 @@ class Curves:
         Raises:
             OSError: storage does not take it; it is lost.
         """
+        self._again_at = 0.0
         try:
             self.publish()
             if self._board is not None:

@@ -43,7 +43,7 @@ _PLAIN_TEXT = """
 PLAIN_TEXT = frozenset(_PLAIN_TEXT.split())
 # Files that lie side by side in a run directory, and in a folder of shards.
 _OUR_MARKS = (
-    {"config.yaml", "plan.json"},
+    {"config.yaml", "metrics.jsonl"},
     {"config.yaml", "driver.lock"},
     {"manifest.json", "preparation.json"},
 )
@@ -317,7 +317,7 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
             regex += special[token]
         elif token.startswith("[") and len(token) > 2:
             inner = token[1:-1].replace("\\", r"\\")
-            regex += f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
+            regex += f"[^/{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
         else:
             regex += re.escape(token)
     return re.compile(regex, re.DOTALL)

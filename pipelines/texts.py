@@ -27,7 +27,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.storage import locate, os_errors
 
 PIECE_BYTES = 2**20
-SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged: all that comes before is kept
+SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged; up to so many before it are lost
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 
 

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -208,7 +208,8 @@ def _unchanged(folder: str, settings: dict[str, Any]) -> Manifest | None:
         return None
     if manifest.settings != settings or damaged_shards(folder, list(manifest.shards())):
         return None
-    return manifest if is_whole(manifest.tokenizer_folder, manifest.tokenizer_fingerprint) else None
+    own = manifest.tokenizer_folder, manifest.tokenizer_fingerprint, manifest.eot_token
+    return manifest if is_whole(*own) else None
 
 
 def _own_tokenizer(
@@ -225,24 +226,51 @@ def _own_tokenizer(
     One that is missing or was altered is made again. Raises DataError where that gives another one.
     """
     place = f"{folder}/tokenizer"
-    recorded = _recorded_fingerprint(folder, settings)
-    if recorded is not None and is_whole(place, recorded):
-        return load_tokenizer(place)
+    recorded = _recorded_tokenizer(folder, settings)
+    if recorded is not None and (own := _loaded(place, recorded)) is not None:
+        return own
     made = _trained(corpora, vocab_size, log) if name == TRAIN else load_tokenizer(name)
-    if recorded in (None, tokenizer_fingerprint(made)):
+    if recorded is None or recorded.fits(made):
         save_tokenizer(made, place)
-    if recorded is not None and not is_whole(place, recorded):
+    own = load_tokenizer(place) if recorded is None else _loaded(place, recorded)
+    if own is None:
+        assert recorded is not None
         raise DataError(
             f"{place}: is missing or was altered, and cannot be made again: the shards were made "
-            f"with fingerprint {recorded[:12]}…; restore it from a copy, such as a model folder of "
-            "a run on these shards, or prepare in another folder"
+            f"with fingerprint {recorded.fingerprint[:12]}…; restore it from a copy, such as a "
+            "model folder of a run on these shards, or prepare in another folder"
         )
-    own = load_tokenizer(place)
     if recorded is None:  # written after the tokenizer, and so a sign that it is whole
-        content = {"settings": settings, "tokenizer_fingerprint": tokenizer_fingerprint(own)}
+        content = {
+            "settings": settings,
+            "tokenizer_fingerprint": tokenizer_fingerprint(own),
+            "eot_token": own.eos_token_id,
+        }
         filesystem, root = locate(folder)
         write_atomically(filesystem, f"{root}/{PREPARATION}", json.dumps(content).encode())
     return own
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The tokenizer that a folder was prepared with; older versions did not note its last token."""
+
+    fingerprint: str
+    eot_token: int | None
+
+    def fits(self, tokenizer: Any) -> bool:
+        """Whether a tokenizer is the same."""
+        is_same = tokenizer_fingerprint(tokenizer) == self.fingerprint
+        return is_same and self.eot_token in (None, tokenizer.eos_token_id)
+
+
+def _loaded(place: str, recorded: _Recorded) -> Any:
+    """The tokenizer in a folder; None where it is not the one that was recorded."""
+    try:
+        own = load_tokenizer(place)
+    except DataError:
+        return None
+    return own if recorded.fits(own) else None
 
 
 def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], None]) -> Any:
@@ -268,8 +296,8 @@ def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], No
     return tokenizer
 
 
-def _recorded_fingerprint(folder: str, settings: dict[str, Any]) -> str | None:
-    """The fingerprint of the tokenizer that an earlier preparation left here, if there was one.
+def _recorded_tokenizer(folder: str, settings: dict[str, Any]) -> _Recorded | None:
+    """The tokenizer that an earlier preparation left here, if there was one.
 
     Raises DataError where that one had other settings: its shards are not for us to replace.
     """
@@ -282,31 +310,35 @@ def _recorded_fingerprint(folder: str, settings: dict[str, Any]) -> str | None:
             f"{folder}/{PREPARATION}: cannot be read ({one_line(error)}); "
             "prepare in another folder, or delete this one"
         ) from error
-    others, fingerprint = before
+    others, recorded = before
     if others != settings:
         differing = ", ".join(key for key in settings if others.get(key) != settings[key])
         raise DataError(
             f"{folder}: was prepared with other settings ({differing}); "
             "prepare in another folder, or delete this one"
         )
-    return fingerprint
+    return recorded
 
 
-def _preparation(folder: str) -> tuple[dict[str, Any], str]:
-    """The settings and the tokenizer's fingerprint that a folder was prepared with.
+def _preparation(folder: str) -> tuple[dict[str, Any], _Recorded]:
+    """The settings and the tokenizer that a folder was prepared with.
 
     The manifest has them as well, where there is one. Raises whatever reading them does.
     """
     filesystem, root = locate(folder)
+    manifest = None
+    with contextlib.suppress(DataError):
+        manifest = Manifest.load(folder)
     try:
         before = json.loads(read_bytes(filesystem, f"{root}/{PREPARATION}"))
-        return dict(before["settings"]), str(before["tokenizer_fingerprint"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        with contextlib.suppress(DataError):
-            manifest = Manifest.load(folder)
-            own = {key: value for key, value in manifest.settings.items() if key != "listing"}
-            return own, manifest.tokenizer_fingerprint
-        raise
+        eot_token = before.get("eot_token", manifest and manifest.eot_token)
+        recorded = _Recorded(str(before["tokenizer_fingerprint"]), eot_token)
+        return dict(before["settings"]), recorded
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        if manifest is None:
+            raise
+        own = {key: value for key, value in manifest.settings.items() if key != "listing"}
+        return own, _Recorded(manifest.tokenizer_fingerprint, manifest.eot_token)
 
 
 def _all_records(

@@ -147,25 +147,28 @@ def tokenizer_identity(name: str, vocab_size: int) -> dict[str, Any]:
     return {"name": folder, "files": digest.hexdigest()}
 
 
-def is_whole(folder: str, fingerprint: str) -> bool:
-    """Whether a folder holds the tokenizer of that fingerprint.
+def is_whole(folder: str, fingerprint: str, eot_token: int) -> bool:
+    """Whether a folder holds the tokenizer of that fingerprint, which ends texts with that token.
 
-    As a rule its files alone tell, without transformers, whose import takes seconds.
+    As a rule its files alone tell, without transformers, whose import takes seconds; a token that
+    only its configuration adds, such as one for padding, is in no text.
     """
     from tokenizers import Tokenizer
 
     try:
         filesystem, root = locate(folder)
         plain = Tokenizer.from_buffer(read_bytes(filesystem, f"{root}/tokenizer.json"))
-        options = json.loads(read_bytes(filesystem, f"{root}/tokenizer_config.json"))
-        if options["eos_token"] and _sha256(plain) == fingerprint:
+        eos = json.loads(read_bytes(filesystem, f"{root}/tokenizer_config.json"))["eos_token"]
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        if plain.token_to_id(eos) == eot_token and _sha256(plain) == fingerprint:
             return True
     except Exception:  # the library's own, of a damaged file, is a bare one
         pass
     try:
-        return tokenizer_fingerprint(load_tokenizer(folder)) == fingerprint
+        own = load_tokenizer(folder)
     except DataError:
         return False
+    return tokenizer_fingerprint(own) == fingerprint and own.eos_token_id == eot_token
 
 
 def check_tokenizer(manifest: Manifest, name: str | None = None) -> Any:
@@ -175,8 +178,8 @@ def check_tokenizer(manifest: Manifest, name: str | None = None) -> Any:
     """
     folder = manifest.tokenizer_folder
     own = load_tokenizer(folder, _RESTORE)
-    _check_same(manifest, folder, own, _RESTORE)
-    if own.eos_token_id != manifest.eot_token:
+    if not is_whole(folder, manifest.tokenizer_fingerprint, manifest.eot_token):
+        _check_same(manifest, folder, own, _RESTORE)
         raise DataError(
             f"tokenizer {folder} ends texts with token {own.eos_token_id}, but the shards in "
             f"{manifest.folder} with {manifest.eot_token}; {_RESTORE}"

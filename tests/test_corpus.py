@@ -122,6 +122,19 @@ def test_globs(tree: Path, pattern: str, expected: list[str]) -> None:
     assert paths(f"{tree}/{pattern}") == expected
 
 
+def test_of_others_folders_only_names_that_runs_alone_have_are_no_text(tree: Path) -> None:
+    for name in ("config.yaml", "plan.json", "notes.txt"):
+        (tree / "experiment" / name).parent.mkdir(exist_ok=True)
+        (tree / "experiment" / name).write_text(name)
+    assert "experiment/notes.txt" in paths(str(tree))
+
+
+def test_a_class_of_a_glob_is_a_name_s_not_a_folder_s(tree: Path) -> None:
+    (tree / "sub" / "x.txt").write_text("x")
+    (tree / "sub.x.txt").write_text("x")
+    assert paths(f"{tree}/**/sub[!y]*.txt") == ["sub.x.txt"]
+
+
 def test_what_runs_and_preparations_wrote_is_no_text(tree: Path) -> None:
     expected = paths(str(tree))
     for name in (
@@ -130,6 +143,7 @@ def test_what_runs_and_preparations_wrote_is_no_text(tree: Path) -> None:
         "new/driver.lock",
         "out/demo/config.yaml",
         "out/demo/model/card.md",
+        "out/demo/metrics.jsonl",
         "out/demo/plan.json",
         "shards/a/manifest.json",
         "shards/a/preparation.json",
@@ -142,9 +156,10 @@ def test_what_runs_and_preparations_wrote_is_no_text(tree: Path) -> None:
     files = find_files(spec, (f"{tree}/cache/", str(tree), "/elsewhere"), lines.append).files
     assert [file.path for file in files] == expected
     assert lines == [
-        "tree: 5 files left out, in folders of runs or shards: cache/, new/, out/demo/, …"
+        "tree: 6 files left out, in folders of runs or shards: cache/, new/, out/demo/, …"
     ]
-    assert paths(f"{tree}/out/demo") == ["config.yaml", "model/card.md"], "said by its own name"
+    said_by_its_own_name = ["config.yaml", "metrics.jsonl", "model/card.md"]
+    assert paths(f"{tree}/out/demo") == said_by_its_own_name
     assert "out/demo/plan.json" not in paths(f"{tree}/**/*")
 
 

@@ -606,6 +606,38 @@ def test_the_shards_own_tokenizer_is_made_again(
     assert tokenized == [] and same_folders(folder, str(tmp_path / "copy"))
 
 
+def test_another_end_of_text_is_never_taken_up(
+    sources: list[SourceSpec], folder: str, tmp_path: Path
+) -> None:
+    """A token that is there already: the vocabulary in tokenizer.json stays as it is."""
+    manifest = prepared(sources, folder)
+    config = Path(manifest.tokenizer_folder, "tokenizer_config.json")
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "eos_token": "A"}))
+    with pytest.raises(DataError, match="run `tst-ray prepare` again"):
+        check_tokenizer(manifest)
+    (tmp_path / "books" / "new.txt").write_text("A chapter that is new.\n" * 9)
+    try:
+        again = prepared(sources, folder)
+    except DataError as error:  # trained on more text, it is another one
+        assert "tokenizer: is missing or was altered" in str(error)
+    else:
+        assert again.eot_token == manifest.eot_token
+    (tmp_path / "books" / "new.txt").unlink()
+    assert prepared(sources, folder) == manifest
+    assert json.loads(config.read_text())["eos_token"] == settings["eos_token"]
+    check_tokenizer(manifest)
+
+
+def test_a_token_for_padding_changes_no_text(sources: list[SourceSpec], folder: str) -> None:
+    manifest = prepared(sources, folder)
+    config = Path(manifest.tokenizer_folder, "tokenizer_config.json")
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "pad_token": "<|pad|>"}))
+    assert check_tokenizer(manifest).pad_token == "<|pad|>"
+    assert prepared(sources, folder) == manifest
+
+
 def test_a_tokenizer_that_cannot_be_made_again_is_told(
     sources: list[SourceSpec], folder: str, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
             say(remark)
     else:
         sources, settings, folder = _preparation(config)
-        ours = (cache_folder(config), Storage(config.run.storage).url)
+        ours = (cache_folder(config),)
         manifest = prepare(sources, folder=folder, backend=backend, skip=ours, log=say, **settings)
     verify_shards(manifest)
     for source in manifest.sources:
@@ -63,7 +63,8 @@ def _ignored(config: Config, manifest: Manifest) -> list[str]:
         f"data.{name} = {getattr(config.data, name)}: is ignored with data.prepared; the shards "
         f"were made with {made.get(name) or 'none'}"
         for name in sorted(given)
-        if getattr(config.data, name) != made.get(name)
+        if getattr(config.data, name)
+        not in (made.get(name), type(config.data).model_fields[name].default)
     ]
 
 
@@ -95,7 +96,7 @@ def corpus_begun_with(
     raise ConfigError(
         f"data: {found.folder} holds another corpus (fingerprint {found.fingerprint[:12]}) than "
         f"the run began with ({plan['corpus'][:12]}, {copy}); restore the text, or use another "
-        "run.name"
+        "run.name (damaged files may be read further than by an older version)"
     )
 
 

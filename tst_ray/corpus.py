@@ -54,18 +54,16 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
 
 def _ignored(config: Config, manifest: Manifest) -> list[str]:
     """Settings that were given and are not those that the prepared shards were made with."""
-    settings = manifest.settings
-    made = {**settings, "vocab_size": settings.get("tokenizer", {}).get("train")}
-    given = config.data.model_fields_set & {
-        "vocab_size", "validation_share", "row_tokens", "undecodable",
-    }  # fmt: skip
-    return [
-        f"data.{name} = {getattr(config.data, name)}: is ignored with data.prepared; the shards "
-        f"were made with {made.get(name) or 'none'}"
-        for name in sorted(given)
-        if getattr(config.data, name)
-        not in (made.get(name), type(config.data).model_fields[name].default)
-    ]
+    made = {**manifest.settings, "vocab_size": manifest.settings.get("tokenizer", {}).get("train")}
+    lines = []
+    for name in ("row_tokens", "undecodable", "validation_share", "vocab_size"):
+        value, default = getattr(config.data, name), type(config.data).model_fields[name].default
+        if value not in (made.get(name), default):
+            lines.append(
+                f"data.{name} = {value}: is ignored with data.prepared; the shards were made with "
+                f"{made.get(name) or 'none'}"
+            )
+    return lines
 
 
 def corpus_begun_with(

@@ -19,7 +19,8 @@ from tst_ray.journal import read_state
 from tst_ray.report import plan_facts
 from tst_ray.storage import Storage
 
-# preset: parameters and active ones in billions, data tokens of phase one and of the run (TST.md)
+# preset: parameters and active ones in billions, data tokens of phase one and of the run, as the
+# paper has them (arXiv 2605.06546)
 PAPER = {
     "paper-270m": (0.254, 0.254, 75e9, 105e9),
     "paper-600m": (0.561, 0.561, 75e9, 105e9),

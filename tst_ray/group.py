@@ -1,7 +1,7 @@
 """One worker group on Ray Train, from its start to its end. The one user of ray.train.
 
-    Group.start ──> TorchTrainer.fit, in a thread ──> worker.train on every worker
-                                                        ▲ batches: Ray Data (pipelines/ingest.py)
+    Group ──> TorchTrainer.fit, in a thread ──> worker.train on every worker
+                                                  ▲ batches: Ray Data (pipelines/ingest.py)
     Group.outcome ◄── Ended │ GroupFailed
 
 Each attempt is a `fit` of its own with a fixed number of workers, and Ray Train restarts nothing by

@@ -30,7 +30,7 @@ from tst_ray.timeouts import STOP_POLL_S
 
 STATE, CONTROL, PASSED_OVER = "run.json", "control.json", "passed_over.json"
 _STATE_EVERY_S = 1.0
-_REMOTE_STATE_EVERY_S = 10.0  # the loop waits for it, and an object store takes a tenth of a second
+_REMOTE_STATE_EVERY_S = 10.0  # an object store takes a tenth of a second
 
 log = logging.getLogger(__name__)
 

@@ -115,7 +115,10 @@ class Plan:
 
     @property
     def total_data_tokens(self) -> int:
-        """Tokens of text that the run trains on; in TST.md's terms N·B·L·(r·s + 1 − r)."""
+        """Tokens of text that the run trains on.
+
+        N·B·L·(r·s + 1 − r), for N steps of B sequences of L positions, a share r in bags of s.
+        """
         return sum(phase.data_tokens for phase in self.phases)
 
     @property

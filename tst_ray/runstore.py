@@ -4,7 +4,7 @@
     manifest.json              the shards that it began with
     driver.lock                who drives it now
 
-`open_run` checks all of that before anything starts. See DESIGN of the files in the README.
+`open_run` checks all of that before anything starts. See "The run directory" in the README.
 """
 
 from __future__ import annotations

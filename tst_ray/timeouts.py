@@ -1,7 +1,7 @@
-"""Every time-out of a run, from the shortest to the longest, in one place.
+"""The time-outs by which a run notices trouble, and how they nest.
 
-Each waits for what the one above it watches, so that the innermost one speaks first, with the most
-to say, and the outer ones only catch what it cannot:
+Where two watch the same thing, the inner one is the shorter: it speaks first, with the most to say,
+and the outer one only catches what it cannot. Those of single requests stand in their modules.
 
     what is waited for                      how long             what happens then
     --------------------------------------  -------------------  ---------------------------------
@@ -14,8 +14,9 @@ to say, and the outer ones only catch what it cannot:
     the first beats, of which none is       fault.start_s        the same
       known: imports, compile, load
     a checkpoint to be committed            `Bounds`: 10 x the   the same
-                                              longest seen, and
-                                              fault.start_s at
+                                              longest seen, but
+                                              COLLECTIVE_S at most
+                                              and fault.start_s at
                                               least
     a worker told to end by its watchdog    ABORT_GRACE_S        it is killed (SIGKILL)
     the ranks of a failed group, to leave   GROUP_END_S          they are killed
@@ -26,7 +27,7 @@ to say, and the outer ones only catch what it cannot:
                                                                    (up to an hour, where a group
                                                                    that trained was ended for it)
     a new node, to say whether it sees      LOOK_S               it is left out, and asked again
-      the run's folder                                             later
+      what the run needs                                           later
     storage to answer, where a run cannot   STORAGE_S            an error: of a worker, the attempt
       go on without                                                ends; of the driver, the run
     a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it

@@ -375,6 +375,7 @@ def test_a_driver_that_is_overtaken_does_not_wait_for_its_group(
             pass
 
         def wait(self, seconds: float) -> bool:
+            assert not isinstance(stage._held, Lost), "waits on"
             stage._held = Lost()
             return False
 

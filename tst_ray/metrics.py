@@ -49,9 +49,7 @@ TAGS = {
 }
 
 _REMOTE_FLUSH_S = 10.0
-_FLUSH_SHARE = (
-    0.02  # an object store's files are written anew each time: the longer, the less often
-)
+_FLUSH_SHARE = 0.02  # an object store's files are written whole: the longer that takes, the rarer
 _TAIL_BYTES = 1 << 20
 
 

@@ -1,7 +1,9 @@
 """The transformers configuration that a run's settings mean: read, and checked field by field.
 
-hf_config         the model section of a run → a transformers configuration
-ignored_fields    what of it is not taken as given
+    hf_config         the model section of a run → a transformers configuration
+    ignored_fields    what of it is not taken as given
+
+transformers keeps what it does not know, and ignores it: a run of a month must not find that out.
 """
 
 from __future__ import annotations

@@ -507,6 +507,12 @@ def test_a_source_that_is_not_there_is_refused() -> None:
 # -- what the losses would get wrong -----------------------------------------------------------
 
 
+def test_an_older_spelling_that_is_misspelt_is_refused() -> None:
+    given = section(config={"model_type": "llama", "rope_thta": 777.0})
+    with pytest.raises(ConfigError, match=r"rope_thta: .*; did you mean rope_theta\?"):
+        hf_config(given, vocab_size=None, eot_token=None)
+
+
 def test_an_older_spelling_that_is_taken_up_is_not_called_ignored() -> None:
     taken = section(config={"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 5e5})
     assert ignored_fields(taken) == []

@@ -165,7 +165,7 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
 
     Fields that look like none are left: real configurations carry many that one class ignores.
     """
-    known = {*default.to_dict(), *default.attribute_map}
+    known = {*default.to_dict(), *default.attribute_map, *_ROPE_SPELLINGS}
     for name in given:
         near = "" if name in known or hasattr(default, name) else _nearest(name, known)
         if near:

@@ -160,6 +160,17 @@ def test_embedding_bags_is_one_gather() -> None:
     assert counted.peak < 2 * 8 * 16 * D * 4, "no [..., s, d] copy"
 
 
+def test_its_gradient_is_one_gather_too() -> None:
+    weight, tokens = torch.randn(V, D).requires_grad_(), torch.randint(V, (2, 8, 16))
+    mean = embed_bags(weight, tokens)
+    with Calls() as calls, PeakBytes() as counted:
+        mean.backward(torch.ones_like(mean))
+    gathers = [name for name in calls.of if "embedding" in name]
+    assert [calls.of[name] for name in gathers] == [1]
+    assert "backward" not in gathers[0], "torch's own adds to a table of zeros"
+    assert counted.peak < 1.5 * V * D * 4, "the table's gradient, and no copy of it"
+
+
 def test_the_gradient_of_an_embedding_is_the_same_every_time() -> None:
     weight, tokens = torch.randn(V, D).requires_grad_(), torch.randint(V, (4, 64, 16))
     torch.use_deterministic_algorithms(True)

@@ -91,6 +91,28 @@ def test_embed_bags_gradient() -> None:
     )
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_tokens_without_a_bag_have_no_gradient(n: int) -> None:
+    weight, tokens = torch.randn(V, D, requires_grad=True), torch.randint(1, V - 1, (n, 4))
+    (table_grad,) = gradients(embed_bags(weight, tokens).sum(), weight)
+    seen = torch.zeros(V, dtype=torch.bool).index_fill(0, tokens.flatten(), True)
+    assert torch.equal(table_grad[~seen], torch.zeros_like(table_grad[~seen]))
+    assert table_grad.sum() == pytest.approx(n * D, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["slice", "transposed"])
+def test_embed_bags_of_any_layout(layout: str) -> None:
+    """Tokens may be a part of a larger tensor, in int32 too; so may the bags' gradient."""
+    weight = torch.randn(V, D, requires_grad=True)
+    wide = torch.randint(0, V, (N, 8), dtype=torch.int32)
+    tokens = wide[:, :4] if layout == "slice" else wide.T[:4].T
+    grad = torch.randn(D, N).T
+    expected = gradients((weight[tokens.long()].mean(dim=1) * grad).sum(), weight)
+    torch.testing.assert_close(
+        gradients((embed_bags(weight, tokens) * grad).sum(), weight), expected
+    )
+
+
 def test_a_bag_of_one_is_a_look_up() -> None:
     _, weight, tokens = make(1)
     assert torch.equal(embed_bags(weight, tokens), F.embedding(tokens[:, 0], weight))

@@ -9,7 +9,7 @@
 Source: Peng, Gigant, Quesnelle, *Efficient Pre-Training with Token Superposition*,
 arXiv 2605.06546. This module knows torch only; on a GPU `bag_kernels.py` makes the mean.
 
-Shape suffixes: N positions, s places of a bag, V vocabulary, d width.
+Shape suffixes: N positions, s places of a bag, M = N·s tokens, V vocabulary, d width.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipelines.errors import one_line
 from tst_ray.chunked_loss import chunked_cross_entropy
@@ -51,12 +52,39 @@ def embed_bags(weight: Tensor, tokens: Tensor) -> Tensor:
     kernel = gpu_kernel() if weight.is_cuda and weight.dtype != torch.float64 else None
     if kernel is not None:
         mean = kernel(weight, bags)
+    elif weight.device.type == "cpu":
+        table = _at_least_float32(weight)
+        mean = _MeanOfBags.apply(table, bags).to(weight.dtype)  # type: ignore[no-untyped-call]
     else:
-        table = weight
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-            table = weight.float()  # CUDA's kernel sums these in float32, the CPU's does not
-        mean = F.embedding_bag(bags, table, mode="mean").to(weight.dtype)
+        mean = F.embedding_bag(bags, weight, mode="mean")
     return mean.view(*tokens.shape[:-1], weight.shape[1])
+
+
+class _MeanOfBags(torch.autograd.Function):
+    """The mean on a CPU, with a gradient that is such a sum too.
+
+    A row of the table's gradient is the sum of the bags' gradients over the places of its token.
+    With the places sorted by token, that is `embedding_bag` the other way round: each row is
+    written once, in an order that the text fixes. torch's own makes a table of zeros, and adds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table_Vd: Tensor, bags_Ns: Tensor) -> Tensor:
+        bags_Ns = bags_Ns.int()  # half the bytes to sort and to read
+        ctx.save_for_backward(bags_Ns)
+        ctx.rows = table_Vd.shape[0]
+        return F.embedding_bag(bags_Ns, table_Vd, mode="sum").div_(bags_Ns.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor, None]:
+        (bags_Ns,) = ctx.saved_tensors
+        s = bags_Ns.shape[1]
+        tokens_M, places_M = bags_Ns.reshape(-1).sort(stable=True)
+        rows_V = torch.arange(ctx.rows, dtype=torch.int32)
+        begins_V = torch.searchsorted(tokens_M, rows_V, out_int32=True)
+        bags_M = (places_M // s).int()
+        return F.embedding_bag(bags_M, grad_Nd / s, begins_V, mode="sum"), None
 
 
 @cache

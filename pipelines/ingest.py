@@ -240,6 +240,7 @@ def ray_dataset(
     start_step: int,
     last_step: int,
     world_size: int,
+    readers: int = 1,
     where: Mapping[str, str] | None = None,
 ) -> Any:
     """A Ray dataset of steps [start_step, last_step); its block b is for rank b mod `world_size`.
@@ -250,6 +251,7 @@ def ray_dataset(
     Args:
         feed: of the phase that the steps are in.
         world_size: workers that share each step's sequences.
+        readers: how many tasks may read at once.
         where: the label selector of the nodes that may read; None for any.
     """
     import ray.data
@@ -258,16 +260,25 @@ def ray_dataset(
 
     chunks = feed.chunks(start_step, last_step, world_size)
     source = _datasource(feed, chunks, world_size)
+    # Reading waits for no CPU to be free: a group whose batches do not come for a minute, because
+    # others have taken all that it did not hold, would be taken for hung. Nor is an autoscaler
+    # asked for any. Alike for both steps, so that Ray Data makes one task of them.
+    at_once = ray.data.TaskPoolStrategy(size=readers)
     # Not among the execution options: these would have it in requests to an autoscaler, which no
     # new node could meet.
     remote: dict[str, Any] = {"label_selector": dict(where)} if where else {}
     if "label_selector" not in inspect.signature(ray.data.read_datasource).parameters:
         remote = {"ray_remote_args": remote}  # an older Ray's
     dataset = ray.data.read_datasource(
-        source, override_num_blocks=len(chunks) * world_size, **remote
+        source,
+        override_num_blocks=len(chunks) * world_size,
+        num_cpus=0,
+        concurrency=readers,
+        **remote,
     )
     if feed.bag_size > 1:
-        dataset = BaggingPreprocessor(feed.bag_size).transform(dataset)
+        bagging = BaggingPreprocessor(feed.bag_size, num_cpus=0, compute=at_once)
+        dataset = bagging.transform(dataset)
     # A block that Ray Data cut for its size would count as two, and ranks get each other's rows.
     dataset.context.target_max_block_size = None
     return dataset

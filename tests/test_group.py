@@ -15,8 +15,9 @@ from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import BatchMismatch, Columns, Feed
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import RunError
-from tst_ray.group import Group, GroupFailed, Reading, train_worker
+from tst_ray.group import Group, GroupFailed, train_worker
 from tst_ray.job import Place
+from tst_ray.reading import Reading
 from tst_ray.storage import Storage
 
 PATIENCE_S = 60.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ from pipelines.ingest import (
     _BLOCK_BYTES,
     FILLER,
     BatchMismatch,
+    Columns,
     Feed,
     check_batch,
     local_batches,
@@ -31,6 +35,7 @@ from pipelines.shards import Manifest
 from tests.corpora import position_tokens, write_corpus
 
 STEPS, SEQUENCES, BAG = 9, 5, 4
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,20 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def in_threads(readers: list[Callable[[], Iterator[Columns]]]) -> list[list[Columns]]:
+    """All batches of each reader; ranks read at the same time, as Ray Data expects of them."""
+    came: list[list[Columns]] = [[] for _ in readers]
+    threads = [
+        threading.Thread(target=lambda i=i: came[i].extend(readers[i]()), daemon=True)
+        for i in range(len(readers))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    return came
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "start", "phase"), [(1, 0, 0), (2, 4, 0), (3, 11, 1)])
 def test_ray_data_deals_each_rank_its_batches(
@@ -169,8 +188,6 @@ def test_ray_data_deals_each_rank_its_batches(
 
     Blocks are larger than what Ray Data cuts blocks into by itself.
     """
-    import threading
-
     import ray.data
 
     monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 64)
@@ -180,16 +197,7 @@ def test_ray_data_deals_each_rank_its_batches(
     options = dataset.context.execution_options
     options.preserve_order = True
     splits = dataset.streaming_split(world_size, equal=True)
-    came: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-
-    def consume(rank: int) -> None:
-        came[rank] = list(local_batches(splits[rank], feed_small, world_size))
-
-    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    came = in_threads([partial(local_batches, split, feed_small, world_size) for split in splits])
     for rank in range(world_size):
         expected = list(read_inline(feed, start, rank, world_size))
         assert len(came[rank]) == len(expected)
@@ -259,31 +267,45 @@ def test_bagging_is_a_ray_data_preprocessor() -> None:
 
 
 @pytest.mark.slow
-def test_reading_keeps_to_the_cpus_and_the_nodes_that_are_there(
-    ray_cluster: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("phase", [0, 1])
+def test_reading_waits_for_no_cpu_and_keeps_to_its_nodes(
+    ray_cluster: None,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: int,
 ) -> None:
-    """Else Ray Data would have an autoscaler start nodes for it, and read on any that joins."""
+    """Others may have taken all that a group does not hold; that must not look like a hang."""
     import ray
+    from ray.util import placement_group, remove_placement_group
 
-    from tst_ray.group import _Part, _phase_data
+    from tst_ray.reading import _Part, phase_data
     from tst_ray.session import only_on
 
     made: list[Any] = []
     make = ingest.ray_dataset
     monkeypatch.setattr(ingest, "ray_dataset", lambda *args: made.append(make(*args)) or made[-1])
-    (tmp_path / "run.json").write_text('{"step": 1}')
-    part = _Part(make_feed(manifest), 0, 2)
-    readers = only_on([ray.get_runtime_context().get_node_id()])
-    for cpus_per_worker in (0.5, 1000.0):
-        _phase_data(str(tmp_path), cpus_per_worker, readers).configure({"part": part}, 2)
-    there = ray.cluster_resources()["CPU"]
-    limits = [one.context.execution_options.resource_limits for one in made]
-    assert [limit.cpu for limit in limits] == [there - 1, 1]
-    assert limits[0].object_store_memory == float("inf")
-    read = made[0]._logical_plan.dag
-    while read.input_dependencies:
-        (read,) = read.input_dependencies
-    assert read.ray_remote_args["label_selector"] == readers
+    feed, there = make_feed(manifest, phase), int(ray.cluster_resources()["CPU"])
+    first = feed.order.cuts[phase].first_step
+    (tmp_path / "run.json").write_text(json.dumps({"step": first + 1}))
+    where = only_on([ray.get_runtime_context().get_node_id()])
+    others = placement_group([{"CPU": 1.0}] * there)
+    try:
+        assert others.wait(PATIENCE_S)
+        data = phase_data(str(tmp_path), 0.5, where)
+        splits = data.configure({"part": _Part(feed, first, first + 4)}, 2)
+        came = in_threads([partial(local_batches, split["part"], feed, 2) for split in splits])
+        assert [len(batches) for batches in came] == [3, 3]
+    finally:
+        remove_placement_group(others)
+    op = made[0]._logical_plan.dag
+    assert op.compute.size == there - 1, "no more at once than there are CPUs beside the workers'"
+    while op.input_dependencies:
+        (op,) = op.input_dependencies
+    assert op.ray_remote_args["label_selector"] == where
+    assert made[0].context.target_max_block_size is None
+    one_task = "ReadTokenShards" + "->BaggingPreprocessor" * (phase == 0) + ": 2 tasks"
+    assert one_task in splits[0]["part"].stats()
 
 
 def test_an_older_ray_is_told_who_may_read_in_its_own_way(
@@ -295,14 +317,20 @@ def test_an_older_ray_is_told_who_may_read_in_its_own_way(
     told: list[Any] = []
 
     def read_datasource(
-        source: Any, *, override_num_blocks: int, ray_remote_args: Any = None, **read_args: Any
+        source: Any,
+        *,
+        override_num_blocks: int,
+        num_cpus: float,
+        concurrency: int,
+        ray_remote_args: Any = None,
+        **read_args: Any,
     ) -> Any:
         told.append((ray_remote_args, read_args))
         return SimpleNamespace(context=SimpleNamespace())
 
     monkeypatch.setattr(ray.data, "read_datasource", read_datasource)
     feed = make_feed(manifest, phase=1)
-    ingest.ray_dataset(feed, STEPS, STEPS + 2, 1, {"ray.io/node-id": "in(a)"})
+    ingest.ray_dataset(feed, STEPS, STEPS + 2, 1, 1, {"ray.io/node-id": "in(a)"})
     ingest.ray_dataset(feed, STEPS, STEPS + 2, 1)
     assert told == [({"label_selector": {"ray.io/node-id": "in(a)"}}, {}), ({}, {})]
 
@@ -314,13 +342,13 @@ def test_datasets_follow_each_other_and_the_old_ones_end(
     """What Ray Train does part by part: configure, hand out, read; from the step in run.json."""
     import ray
 
-    from tst_ray.group import _Part, _phase_data
+    from tst_ray.reading import _Part, phase_data
 
     feed = make_feed(manifest)
     (tmp_path / "run.json").write_text('{"step": 1}')
-    data = _phase_data(str(tmp_path), 1.0, {})
+    data = phase_data(str(tmp_path), 1.0, {})
     actors: list[Any] = []
-    came: list[Any] = []
+    came = []
     for first, last in [(0, 2), (2, 4), (4, 6), (6, 9)]:
         (shards,) = data.configure({"part": _Part(feed, first, last)}, 1)
         actors.append(shards["part"]._coord_actor)

@@ -12,8 +12,8 @@ LIST = """
     errors settings checks config timeouts goodput plan storage corpus chunked_loss bag_kernels
     superposition model_config architecture model optim checkpoint sharded checkpointer guard
     background curves metrics watchdog journal job batches speed saving worker elastic suspects
-    network interrupts forkclient forkserver session sight runstore memory group room stage display
-    export coordinator report bench cli run
+    network interrupts forkclient forkserver session sight runstore memory reading group room stage
+    display export coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(
@@ -54,9 +54,9 @@ def test_a_bench_is_used_by_the_command_line_alone() -> None:
             assert not [name for name in imports(path) if name.startswith("tst_ray.bench")]
 
 
-def test_one_module_imports_ray_train() -> None:
+def test_two_modules_import_ray_train() -> None:
     users = {path.name for path in MODULES if any(n.startswith("ray.train") for n in imports(path))}
-    assert users == {"group.py"}
+    assert users == {"group.py", "reading.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,7 +1,7 @@
-"""One worker group on Ray Train, from its start to its end. The one user of ray.train.
+"""One worker group on Ray Train, from its start to its end.
 
     Group ──> TorchTrainer.fit, in a thread ──> worker.train on every worker
-                                                  ▲ batches: Ray Data (pipelines/ingest.py)
+                                                  ▲ batches: Ray Data (reading.py)
     Group.outcome ◄── Ended │ GroupFailed
 
 Each attempt is a `fit` of its own with a fixed number of workers, and Ray Train restarts nothing by
@@ -14,22 +14,18 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
-from itertools import chain, islice, pairwise
 from typing import Any
 
 from pipelines.errors import DataError, Unreadable
-from pipelines.ingest import Feed, local_batches
 from pipelines.storage import locate
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
 from tst_ray.job import Job, Place
-from tst_ray.journal import STATE, read_state
+from tst_ray.journal import STATE
 from tst_ray.network import talk_where_ray_does
-from tst_ray.plan import Phase
+from tst_ray.reading import Reading, datasets, phase_data
 from tst_ray.session import away_from, worker_resources
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import COLLECTIVE_S
@@ -198,8 +194,8 @@ def _fit(
             ),
         ),
         torch_config=_torch_config("nccl" if gpus else "gloo"),
-        datasets=_datasets(job),
-        dataset_config=_phase_data(run.url, config.cluster.cpus_per_worker, readers),
+        datasets=datasets(job),
+        dataset_config=phase_data(run.url, config.cluster.cpus_per_worker, readers),
     )
     return trainer.fit().return_value
 
@@ -271,146 +267,6 @@ def _check_seen(run: Storage) -> None:
         raise RuntimeError(
             f"node {address} does not see {run.url}; run.storage is not mounted there"
         )
-
-
-class Reading:
-    """A worker's batches through Ray Data: the datasets of a stage, one after the other.
-
-    A dataset takes a second or two to start. So each is opened, in a thread, while the last batches
-    of the one before are trained on; the pause between two of them is then that of a step.
-
-    Args:
-        job, place: the worker's.
-    """
-
-    def __init__(self, job: Job, place: Place) -> None:
-        self._world_size = place.world_size
-        self._parts = [part for part in _parts(job) if part.first < job.last_step]
-        self._next = dict(pairwise(self._parts))
-        self._opened: dict[_Part, Future[Iterator[Any]]] = {}
-
-    def batches(self, phase: Phase, step: int) -> Iterator[Any]:
-        """Local batches, one a step, from after `step` finished ones to the end of the phase."""
-        for part in self._parts:
-            if part.feed.phase != phase.index or part.last <= step:
-                continue
-            opened = self._opened.pop(part, None)
-            batches = opened.result() if opened else self._open(part)
-            ahead_at = part.last - part.feed.steps_ahead(self._world_size)
-            for batch in batches:
-                if step >= ahead_at:
-                    self._open_ahead(part)
-                yield batch
-                step += 1
-
-    def _open_ahead(self, part: _Part) -> None:
-        following = self._next.get(part)
-        if following is None or following in self._opened:
-            return
-        opened = self._opened[following] = Future()
-
-        def open_it() -> None:
-            try:
-                opened.set_result(self._open(following))
-            except BaseException as error:
-                opened.set_exception(error)
-
-        # No executor: its threads would be waited for where a worker is told to end.
-        threading.Thread(target=open_it, name="next-dataset", daemon=True).start()
-
-    def _open(self, part: _Part) -> Iterator[Any]:
-        """The batches of a dataset; its first one is here when this returns."""
-        import ray.train
-
-        shard = ray.train.get_dataset_shard(_dataset_name(part.feed, part.first))
-        batches = local_batches(shard, part.feed, self._world_size)
-        return chain(list(islice(batches, 1)), batches)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The steps [first, last) of a phase, read as one Ray dataset."""
-
-    feed: Feed
-    first: int
-    last: int
-
-
-def _dataset_name(feed: Feed, first: int) -> str:
-    return f"phase-{feed.phase}-from-{first}"
-
-
-def _parts(job: Job) -> list[_Part]:
-    """All datasets of a run, in order."""
-    return [
-        _Part(feed, first, last)
-        for feed, phase in zip(job.feeds, job.plan.phases, strict=True)
-        for first, last in feed.parts(phase.max_workers)
-    ]
-
-
-def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
-    """What Ray Train calls at each group start; `_phase_data` makes datasets of what it gets."""
-    return {_dataset_name(part.feed, part.first): partial(_itself, part) for part in _parts(job)}
-
-
-def _itself(part: _Part) -> Any:
-    return part
-
-
-def _phase_data(run_url: str, cpus_per_worker: float, readers: dict[str, str]) -> Any:
-    import ray
-    import ray.data
-    import ray.train
-
-    from pipelines.ingest import ray_dataset
-
-    class PhaseData(ray.train.DataConfig):  # type: ignore[misc,unused-ignore]
-        """Makes each dataset for the group that is there, from the step it starts at.
-
-        Ray Train calls `configure` when rank 0 first asks for a dataset, so after rank 0 has
-        restored a checkpoint and written to run.json which step that was.
-        """
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._splits: list[Any] = []  # of each dataset made so far
-
-        def configure(
-            self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
-        ) -> list[dict[str, Any]]:
-            step = int(read_state(Storage(run_url))["step"])
-            # As many CPUs as there are beside the workers. Without a limit, Ray Data may ask an
-            # autoscaler for twice as many where these are busy (rate_based_cluster_autoscaler.py).
-            spare = ray.cluster_resources().get("CPU", 0.0) - world_size * cpus_per_worker
-            options = ray.data.ExecutionOptions(
-                preserve_order=True,
-                resource_limits=ray.data.ExecutionResources.for_limits(cpu=max(spare, 1.0)),
-            )
-            output: list[dict[str, Any]] = [{} for _ in range(world_size)]
-            for name, part in datasets.items():
-                first = max(step, part.first)
-                dataset = ray_dataset(part.feed, first, part.last, world_size, readers)
-                dataset.set_name(name)
-                dataset.context.execution_options = options
-                dataset.context.enable_progress_bars = False
-                splits = dataset.streaming_split(world_size, equal=True)
-                for rank, split in enumerate(splits):
-                    output[rank][name] = split
-                self._retire(splits[0])
-            return output
-
-        def _retire(self, newest: Any) -> None:
-            """End the actor behind all datasets but the last two: Ray Train keeps each for ever.
-
-            When rank 0 opens a dataset, others may still read the one before, but none older: they
-            train in step.
-            """
-            self._splits.append(newest)
-            while len(self._splits) > 2:
-                ray.kill(self._splits.pop(0)._coord_actor)
-
-    return PhaseData()
 
 
 def one_line(error: BaseException) -> str:

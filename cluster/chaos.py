@@ -27,7 +27,7 @@ from typing import Any
 from cluster.damage import Ballast, damage
 from cluster.faults import CLUSTER_KINDS, DAMAGES, KINDS, OWN_KINDS, Fault, Faults, schedule
 from cluster.injector import Injector, last_step, told
-from cluster.targets import Impossible, LocalTarget, NoCluster, NotNow, RayTarget, Target
+from cluster.targets import Impossible, LocalTarget, NotNow, RayTarget, Target
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.journal import read_state
 from tst_ray.runstore import CONFIG, PLAN
@@ -104,7 +104,7 @@ def _chaos(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"{', '.join(args.kinds)}: need a cluster; give its --address, or set RAY_ADDRESS"
         )
-    target: Target = RayTarget(address) if address else NoCluster()
+    target: Target = RayTarget(address) if address else Target()
 
     out = sys.stdout
 

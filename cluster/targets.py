@@ -1,9 +1,9 @@
 """How a cluster's train workers and nodes are found and struck: one on this machine, or a real one.
 
 Gcs            what Ray's own tables say: nodes, jobs, actors; read only, no dashboard needed
+Target         no cluster: only what concerns files, or a driver on this machine
 LocalTarget    a LocalCluster: signals from here, nodes by its methods
 RayTarget      any cluster: a Ray task pinned to the victim's node does it there
-NoCluster      none: only what concerns files, or a driver on this machine
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from cluster import processes
 from cluster.local import LocalCluster, give_notice
@@ -51,46 +51,56 @@ class TrainWorker:
     pid: int
 
 
-class Target(Protocol):
-    """A cluster to strike at. Every method may raise NotNow or Impossible.
+class Target:
+    """What can be struck where there is no cluster: files, and a driver on this machine.
+
+    Every method may raise NotNow or Impossible.
 
     Attributes:
         can_add_nodes: whether `add_node` is possible at all.
     """
 
-    can_add_nodes: bool
+    can_add_nodes = False
 
     def workers(self, driver: Driver | None) -> list[TrainWorker]:
         """The train workers of a driver's run, the oldest first; of all runs, for None."""
-        ...
+        raise _no_cluster()
 
     def losable_nodes(self) -> list[str]:
         """The nodes that can be lost: alive, not the head, and without a notice already."""
-        ...
+        raise _no_cluster()
 
     def signal_worker(self, worker: TrainWorker, signum: int) -> None:
         """Send a signal to a train worker."""
-        ...
+        raise _no_cluster()
 
     def signal_driver(self, driver: Driver, signum: int) -> None:
         """Send a signal to a run's driver."""
-        ...
+        if driver.host != socket.gethostname():
+            raise Impossible(f"the driver runs on another machine, {driver.host}")
+        try:
+            processes.signal_older_process(driver.pid, signum, driver.since)
+        except ProcessLookupError as error:
+            raise NotNow(str(error)) from error
 
     def kill_node(self, node_id: str) -> None:
         """Lose a node without a word."""
-        ...
+        raise _no_cluster()
 
     def drain_node(self, node_id: str, deadline_s: float) -> None:
         """Give notice of a node's loss, and lose it after so long."""
-        ...
+        raise _no_cluster()
 
     def add_node(self) -> str:
         """Let a node join; its id."""
-        ...
+        raise _no_cluster()
 
     def close(self) -> None:
         """Leave the cluster; what was announced for later would not happen any more."""
-        ...
+
+
+def _no_cluster() -> Impossible:
+    return Impossible("needs a cluster; give its --address, or set RAY_ADDRESS")
 
 
 class Gcs:
@@ -151,11 +161,11 @@ class Gcs:
             for job in self._state.job_table()
             if job["DriverPid"] == driver.pid
             and not job["IsDead"]
-            and (not addresses or job["DriverIPAddress"] in addresses)
+            and job["DriverIPAddress"] in addresses  # else one of the same number elsewhere
         }
 
 
-class LocalTarget:
+class LocalTarget(Target):
     """A LocalCluster of this process; nodes join and die on the main thread only.
 
     Args:
@@ -189,9 +199,6 @@ class LocalTarget:
         except (KeyError, ProcessLookupError) as error:
             raise NotNow(str(error)) from error
 
-    def signal_driver(self, driver: Driver, signum: int) -> None:
-        _signal_driver_here(driver, signum)
-
     def kill_node(self, node_id: str) -> None:
         try:
             self._cluster.remove_node(node_id)
@@ -207,11 +214,8 @@ class LocalTarget:
     def add_node(self) -> str:
         return self._cluster.add_node(self._node_cpus, self._node_resources)
 
-    def close(self) -> None:
-        pass
 
-
-class RayTarget:
+class RayTarget(Target):
     """Any cluster, joined as a job of its own when there is something to do.
 
     A node is lost by the end of its raylet and all that it started. Where something starts the
@@ -223,8 +227,6 @@ class RayTarget:
     Raises:
         RunError: nothing answers there.
     """
-
-    can_add_nodes = False
 
     def __init__(self, address: str) -> None:
         self._gcs = Gcs(address)
@@ -242,7 +244,7 @@ class RayTarget:
 
     def signal_driver(self, driver: Driver, signum: int) -> None:
         if driver.host == socket.gethostname():
-            _signal_driver_here(driver, signum)
+            super().signal_driver(driver, signum)
             return
         for node in self._gcs.nodes():
             if node["NodeManagerHostname"] == driver.host:
@@ -322,49 +324,6 @@ class RayTarget:
         except (ConnectionError, RuntimeError) as error:
             raise RunError(f"{self._gcs.address}: cannot join ({one_line(error)})") from error
         self._joined = True
-
-
-class NoCluster:
-    """Nothing but this machine: for faults of files, and of a driver that runs here."""
-
-    can_add_nodes = False
-
-    def workers(self, driver: Driver | None) -> list[TrainWorker]:
-        raise _no_cluster()
-
-    def losable_nodes(self) -> list[str]:
-        raise _no_cluster()
-
-    def signal_worker(self, worker: TrainWorker, signum: int) -> None:
-        raise _no_cluster()
-
-    def signal_driver(self, driver: Driver, signum: int) -> None:
-        _signal_driver_here(driver, signum)
-
-    def kill_node(self, node_id: str) -> None:
-        raise _no_cluster()
-
-    def drain_node(self, node_id: str, deadline_s: float) -> None:
-        raise _no_cluster()
-
-    def add_node(self) -> str:
-        raise _no_cluster()
-
-    def close(self) -> None:
-        pass
-
-
-def _no_cluster() -> Impossible:
-    return Impossible("needs a cluster; give its --address, or set RAY_ADDRESS")
-
-
-def _signal_driver_here(driver: Driver, signum: int) -> None:
-    if driver.host != socket.gethostname():
-        raise Impossible(f"the driver runs on another machine, {driver.host}")
-    try:
-        processes.signal_older_process(driver.pid, signum, driver.since)
-    except ProcessLookupError as error:
-        raise NotNow(str(error)) from error
 
 
 def _check_answers(address: str) -> None:

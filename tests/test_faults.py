@@ -27,10 +27,10 @@ from tst_ray.job import FAILED_SAVES, INTERRUPT, ROLLBACK, Ended, Job, Place
 from tst_ray.journal import read_passed_over, read_state, request_stop, update_state
 from tst_ray.metrics import MetricsLog
 from tst_ray.storage import Storage
-from tst_ray.timeouts import STOP_POLL_S
 from tst_ray.worker import train
 
 STEPS = 40
+PATIENCE_S = 60.0
 CALM = {"train__steps": STEPS, "tst__ratio": 0.25, "metrics__val_every": 100,
         "checkpoint__every": 2, "checkpoint__keep": 30}  # fmt: skip
 
@@ -68,8 +68,9 @@ def train_on(job: Job, before: Callable[[int], object] = lambda step: None) -> E
 def stop_at_15(job: Job, step: int) -> None:
     """Ask for a stop, and let that step wait until the request is seen."""
     if step == 15:
+        (watching,) = (t for t in threading.enumerate() if t.name == "stop-request")
         request_stop(Storage(job.run_url), INTERRUPT)
-        time.sleep(4 * STOP_POLL_S)
+        watching.join(PATIENCE_S)
 
 
 def records_of(job: Job) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from cluster.chaos import (
     Injector,
 )
 from cluster.processes import descendants, is_running, signal_older_process, signal_ray_worker
-from cluster.targets import Driver, Impossible, NoCluster, NotNow, TrainWorker
+from cluster.targets import Driver, Gcs, Impossible, NotNow, Target, TrainWorker
 from tests.chaos import (
     PATIENCE_S,
     problem,
@@ -32,7 +32,7 @@ from tests.chaos import (
 from tst_ray.storage import Storage
 
 
-class FakeTarget:
+class FakeTarget(Target):
     """Four workers on three nodes, of which the head is no victim; writes down what it is told."""
 
     can_add_nodes = True
@@ -178,12 +178,35 @@ def test_what_is_not_possible_is_skipped_and_what_fails_does_not_stop_the_rest(
 
 def test_damage_waits_for_a_committed_checkpoint_and_takes_the_newest(trained: Storage) -> None:
     reach(trained, 9)
-    injector = Injector(trained, Faults().damage_checkpoint_at(5, "remove"), NoCluster())
+    injector = Injector(trained, Faults().damage_checkpoint_at(5, "remove"), Target())
     assert injector.poll() == []
     older, newer = save_checkpoint(trained, 4), save_checkpoint(trained, 8)
     (record,) = injector.poll()
     assert problem(older) is None and problem(newer) is not None
     assert newer.url in record["victim"] and "removed" in record["damage"]
+
+
+class OneJob:
+    """Ray's tables of a cluster of one node, and a job on it with one train worker."""
+
+    def node_table(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeManagerAddress": "10.0.0.7", "NodeManagerHostname": "here"}]
+
+    def job_table(self) -> list[dict[str, Any]]:
+        at = {"DriverPid": 301, "DriverIPAddress": "10.0.0.7"}
+        return [{"JobID": "01", "IsDead": False, **at}]
+
+    def actor_table(self, *which: Any) -> dict[str, Any]:
+        at = {"Address": {"NodeID": "a"}, "Pid": 400, "StartTime": 1}
+        return {"b2": {"JobID": "01", "ActorClassName": "RayTrainWorker", **at}}
+
+
+def test_a_job_elsewhere_whose_driver_has_the_same_number_is_left_alone() -> None:
+    """That of a run whose own driver's machine is gone, say."""
+    gcs = Gcs.__new__(Gcs)
+    gcs._state = OneJob()  # type: ignore[assignment,unused-ignore]
+    assert gcs.train_workers(Driver("here", 301, 0.0)) == [TrainWorker("a", 400)]
+    assert gcs.train_workers(Driver("gone", 301, 0.0)) == []
 
 
 @pytest.fixture
@@ -194,13 +217,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_has_space_again_after_its_seconds(small_disk: Path) -> None:
     run = start_run(Storage(str(small_disk / "run")), step=9)
-    with Injector(run, Faults().fill_disk_at(5, seconds=0.5), NoCluster()) as injector:
+    with Injector(run, Faults().fill_disk_at(5, seconds=0.5), Target()) as injector:
         (record,) = injector.poll()
         assert os.statvfs(small_disk).f_bfree == 0
         assert record["bytes"] > 3 << 20 and str(small_disk) in record["victim"]
         assert injector.run(timeout_s=PATIENCE_S)
         assert os.statvfs(small_disk).f_bfree > 0
-    with Injector(run, Faults().fill_disk_at(5, seconds=900), NoCluster()) as injector:
+    with Injector(run, Faults().fill_disk_at(5, seconds=900), Target()) as injector:
         injector.poll()
         assert os.statvfs(small_disk).f_bfree == 0
     assert os.statvfs(small_disk).f_bfree > 0
@@ -210,7 +233,7 @@ def test_the_driver_is_killed_but_not_who_has_its_number_now(trained: Storage) -
     driver, later = sleeper(), sleeper()
     try:
         start_run(trained, 9, pid=later.pid, since=time.time() - 3600)
-        injector = Injector(trained, Faults().kill_driver_at(5), NoCluster())
+        injector = Injector(trained, Faults().kill_driver_at(5), Target())
         assert injector.poll() == []
         start_run(trained, 9, pid=driver.pid, host="elsewhere")
         with pytest.raises(Impossible, match="elsewhere"):

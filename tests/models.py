@@ -5,10 +5,11 @@ from typing import Any
 
 from tst_ray.model_config import hf_config
 from tst_ray.plan import Phase
+from tst_ray.settings import TrainConfig
 
 VOCAB = 50
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gpt_neox")
-OPTIMIZER = SimpleNamespace(learning_rate=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+OPTIMIZER = TrainConfig(learning_rate=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 16,

@@ -458,6 +458,10 @@ def test_pretrained_weights_are_loaded(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="missing or of another shape"):
         build_model(other, pretrained=str(tmp_path), seed=0)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ConfigError, match="its weights do not load"):
+        build_model(loaded_config, pretrained=str(tmp_path), seed=0)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="its weights do not load"):
         build_model(loaded_config, pretrained=str(tmp_path), seed=0)
@@ -595,6 +599,23 @@ def test_what_a_configuration_makes_of_a_field_is_told() -> None:
     assert ignored_fields(section(config=whole)) == [
         "model.config.sliding_window = 16: it is ignored; qwen3 makes it None"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bags_are_scaled_as_tokens_are(dtype: torch.dtype) -> None:
+    """Gemma's factor is rounded to the weights' dtype; the root of 24 is no bfloat16."""
+    model = build_model(tiny("gemma3_text", hidden_size=24), seed=0).to(dtype)
+    # as under FSDP, which casts parameters alone
+    model.hf_model.get_input_embeddings().embed_scale = torch.tensor(24**0.5)
+    seen: list[Tensor] = []
+    model.hf_model.base_model.layers[0].register_forward_pre_hook(
+        lambda block, args: seen.append(args[0].detach())
+    )
+    batch = tokens(B, L)
+    with torch.no_grad():
+        model._hidden(batch, with_router=False)
+        model._hidden(batch[..., None].expand(-1, -1, 4), with_router=False)
+    assert torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pipelines.ingest import FILLER, BatchMismatch, read_inline
 from pipelines.shards import Manifest
 from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
-from tst_ray import journal
+from tst_ray import journal, worker
 from tst_ray import model as model_module
 from tst_ray.batches import micro_batches
 from tst_ray.checkpoint import Ranks, committed, folder_name
@@ -48,22 +48,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tuple
     return job, run_inline(job)
 
 
-def test_a_state_that_is_gathered_before_the_first_update_counts_none(
+def test_what_never_gets_a_gradient_is_saved_and_loaded_too(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch makes AdamW's state by a step of its own; the first real one would be corrected as the
-    second."""
-    late = make_job(make_config(tmp_path, manifest, run__name="late"), manifest)
-    early = make_job(make_config(tmp_path, manifest, run__name="early"), manifest)
-    records = run_inline(late)
-    begin = Trainer._begin
+    """An indexer of sparse attention, say. AdamW alone would have no state of it to save."""
 
-    def gather_and_begin(trainer: Trainer, *args: Any, **options: Any) -> None:
-        trainer.state()  # as where the first steps are passed over
-        begin(trainer, *args, **options)
+    def build_with_more(*args: Any, **options: Any) -> Any:
+        model = build_model(*args, **options)
+        model.hf_model.indexer = torch.nn.Linear(2, 2, bias=False)
+        return model
 
-    monkeypatch.setattr(Trainer, "_begin", gather_and_begin)
-    assert [r["loss"] for r in run_inline(early)] == [r["loss"] for r in records]
+    build_model = worker.build_model
+    monkeypatch.setattr(worker, "build_model", build_with_more)
+    config = make_config(tmp_path, manifest, checkpoint__every=1, checkpoint__keep=100)
+    whole = make_job(config, manifest)
+    records = run_inline(whole)
+    begun = Storage(str(tmp_path / "begun"))
+    begun.make()
+    at_3 = f"checkpoints/{folder_name(3)}"
+    shutil.copytree(Path(Storage(whole.run_url).at(at_3)), begun.at(at_3))
+    shutil.copy(Storage(whole.run_url).at("metrics.jsonl"), begun.at("metrics.jsonl"))
+    resumed = run_inline(make_job(config, manifest, begun))
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in records]
+    assert begun.read_lines("events.jsonl")[0]["step"] == 3
 
 
 def test_memory_for_copies_is_asked_for_once_after_the_first_step(

@@ -19,26 +19,14 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+
+from tst_ray.settings import FaultConfig
 
 NOT_FINITE, SPIKE = "not_finite", "spike"
 PASSED_OVER = "passed_over"  # the mark of a step whose data was found offending, and not trained on
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _LEAST_SIGMA = 0.01  # nats; a loss that hardly moves must not make every wobble a spike
-
-
-class GuardSettings(Protocol):
-    """What the guard reads; `tst_ray.config.FaultConfig` has it."""
-
-    @property
-    def max_skipped(self) -> int: ...
-    @property
-    def spike_z(self) -> float | None: ...
-    @property
-    def spike_window(self) -> int: ...
-    @property
-    def spike_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,13 +50,13 @@ class Guard:
     """Watches one run's losses.
 
     Args:
-        settings: thresholds; `spike_z` None switches the spike guard off.
+        settings: the run's; `spike_z` None switches the spike guard off.
 
     The window never reaches over the start of a phase: around the switch the loss changes its
     meaning, and 1–2 nats are normal. Until it is full again there are no spikes.
     """
 
-    def __init__(self, settings: GuardSettings) -> None:
+    def __init__(self, settings: FaultConfig) -> None:
         self._settings = settings
         self._window: deque[float] = deque(maxlen=settings.spike_window)
         self._bad = 0  # steps in a row that were not finite …
@@ -99,7 +87,7 @@ class Guard:
     def start_phase(self) -> None:
         """A phase begins: the losses so far say nothing about those to come."""
         self._window.clear()
-        self._high = 0
+        self._bad = self._high = 0
 
     def observe(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Take in the step after `step` finished ones; the mark it is given, None for none."""

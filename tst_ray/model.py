@@ -153,7 +153,9 @@ class SuperpositionLM(nn.Module):
             embedding = self.hf_model.get_input_embeddings()
             bags_nLd = embed_bags(embedding.weight, inputs)
             scale = embedding_scale(embedding)
-            if isinstance(scale, Tensor) or scale != 1:
+            if isinstance(scale, Tensor):  # rounded as for tokens (Gemma), not float32's
+                bags_nLd = bags_nLd * scale.to(bags_nLd.dtype)
+            elif scale != 1:
                 bags_nLd = bags_nLd * scale
             options["inputs_embeds"] = bags_nLd
         with one_text_a_row():
@@ -370,7 +372,7 @@ def _create(config: Any, pretrained: str | None, seed: int) -> Any:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # safetensors' own is none of Python's
         raise ConfigError(
             f"model.source = {pretrained!r}: its weights do not load: {one_line(error)}"
         ) from error

@@ -5,30 +5,19 @@ The learning rate is the plan's (`plan.lr_multiplier`); `set_lr` puts it in befo
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tst_ray.settings import TrainConfig
+
 _FUSED_ON = ("cpu", "cuda", "xpu")
 
 
-class OptimizerSettings(Protocol):
-    """What `build_optimizer` reads; `tst_ray.config.TrainConfig` has it."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-
-
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW over a model's parameters; those of one dimension (norms, biases) do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [

@@ -279,6 +279,8 @@ class Trainer:
         info = self.checkpoint
         if info is not None:
             self._load(info)
+        else:
+            self.state()  # before an update: torch makes none for what never gets a gradient
         step = info.step if info else 0
         if step and self.place.rank == 0:
             # What is newer could not be read, or is damaged. Were it good again one day, a run that

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.shards import Manifest, TokenReader
+from pipelines.manifest import Manifest, Split
+from pipelines.shards import TokenReader
 from tests.corpora import write_corpus
 from tests.tiny import make_config
 from tst_ray import batches
 from tst_ray.batches import Validation
+from tst_ray.corpus import _unevaluated
 from tst_ray.plan import build_plan
 
 
@@ -61,3 +64,17 @@ def test_an_evaluation_takes_no_more_rows_at_once_than_a_step_or_than_are_few(
             assert max(len(tokens) for tokens, _ in rank.micro_batches) <= most
     (alone,) = load(tmp_path, manifest, 1, train__micro_batch_size=2)
     assert max(len(tokens) for tokens, _ in alone.micro_batches) == 2
+
+
+def test_held_out_text_that_is_no_sequence_is_told(tmp_path: Path, manifest: Manifest) -> None:
+    """There would be no validation loss, and nobody knew why."""
+
+    def told(length: int, manifest: Manifest = manifest) -> str | None:
+        config = make_config(tmp_path, manifest, train__sequence_length=length)
+        return _unevaluated(config, manifest)
+
+    assert told(399) is None
+    assert (told(400) or "").startswith("there is no validation loss: fewer than 401 tokens")
+    first, second = manifest.sources
+    one = replace(manifest, sources=(first, replace(second, validation=Split.of(()))))
+    assert (told(399, one) or "").startswith("the validation loss leaves out s1: fewer than 400")

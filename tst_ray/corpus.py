@@ -47,9 +47,23 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     for source in manifest.sources:
         if source.left_out:
             say(f"{source.name}: left out {source.left_out}")
-    if not any(source.validation.tokens for source in manifest.sources):
-        say("no text was held out for validation; raise data.validation_share or add documents")
+    if line := _unevaluated(config, manifest):
+        say(line)
     return manifest
+
+
+def _unevaluated(config: Config, manifest: Manifest) -> str | None:
+    """What is told where a source has no held-out text of a sequence's length."""
+    length = config.train.sequence_length + 1
+    short = [source.name for source in manifest.sources if source.validation.tokens < length]
+    if not short:
+        return None
+    everything = len(short) == len(manifest.sources)
+    what = "there is no validation loss" if everything else "the validation loss leaves out "
+    return (
+        f"{what}{'' if everything else ', '.join(short)}: fewer than {length} tokens are held out, "
+        "which is a sequence; raise data.validation_share or add documents"
+    )
 
 
 def _ignored(config: Config, manifest: Manifest) -> list[str]:

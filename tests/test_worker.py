@@ -29,6 +29,7 @@ from tst_ray.model import build_model, hf_config
 from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
 from tst_ray.timeouts import Bounds
+from tst_ray.watchdog import Unwatched
 from tst_ray.worker import Trainer, seed_step, train
 
 NUM_STEPS = 8
@@ -342,7 +343,7 @@ def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Man
 
     def begin() -> Trainer:
         journal = Journal(Storage(job.run_url), job.plan, Writer(0, 1))
-        trainer = Trainer(job, Place(), Ranks(), journal, None)
+        trainer = Trainer(job, Place(), Ranks(), journal, Unwatched(Bounds(0.0, 600.0)))
         trainer.restore()
         return trainer
 
@@ -351,7 +352,7 @@ def test_an_attempt_that_was_overtaken_ends_itself(tmp_path: Path, manifest: Man
     new.journal.write_state(0)
     with pytest.raises(RunError, match="another attempt of this run has taken over"):
         old.journal.write_state(0)
-    old.saving.now(3, is_suspicious=False)
+    old.saving._save(3, old.saving.storage)
     old.saving.wait(3)
     assert committed(Storage(job.run_url) / "checkpoints") == []
     for trainer in (old, new):
@@ -369,12 +370,12 @@ def test_after_a_failure_no_watchdog_waits_for_the_next_beat(
     assert not [t for t in threading.enumerate() if t.name == "stop-request"]
 
 
-class Beats:
+class Beats(Unwatched):
     """Stands in for a watchdog: what it was told to expect."""
 
     def __init__(self) -> None:
+        super().__init__(Bounds(60.0, 600.0))
         self.kinds: list[str] = []
-        self.bounds = Bounds(60.0, 600.0)
 
     def expect(self, kind: str, step: int) -> None:
         self.kinds.append(kind)
@@ -389,7 +390,7 @@ def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
     job = make_job(make_config(tmp_path, manifest, **settings), manifest)
     beats = Beats()
     journal = Journal(Storage(job.run_url), job.plan, Writer(0, 1))
-    trainer = Trainer(job, Place(), Ranks(), journal, beats)  # type: ignore[arg-type]
+    trainer = Trainer(job, Place(), Ranks(), journal, beats)
     trainer.restore()
     for _ in range(10):
         beats.bounds.saw("step", 1.0)
@@ -411,7 +412,7 @@ def test_while_the_loop_waits_for_a_checkpoint_it_says_so(
     saver.wait = noted  # type: ignore[method-assign]
     if not background:
         saver._write = slow  # type: ignore[method-assign]
-    trainer.saving.now(1, is_suspicious=False)
+    trainer.saving._save(1, trainer.saving.storage)
     trainer.finish(1)
     journal.close()
     # Inside `Checkpointer.save` the one before is done, and there is nothing to wait for.

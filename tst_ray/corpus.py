@@ -58,11 +58,12 @@ def _unevaluated(config: Config, manifest: Manifest) -> str | None:
     short = [source.name for source in manifest.sources if source.validation.tokens < length]
     if not short:
         return None
-    everything = len(short) == len(manifest.sources)
-    what = "there is no validation loss" if everything else "the validation loss leaves out "
+    what = f"the validation loss leaves out {', '.join(short)}"
+    if len(short) == len(manifest.sources):
+        what = "there is no validation loss"
     return (
-        f"{what}{'' if everything else ', '.join(short)}: fewer than {length} tokens are held out, "
-        "which is a sequence; raise data.validation_share or add documents"
+        f"{what}: fewer than {length} tokens are held out, which is a sequence; raise "
+        "data.validation_share or add documents"
     )
 
 

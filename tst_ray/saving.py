@@ -17,19 +17,20 @@ from typing import Any
 
 from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
 from tst_ray.checkpointer import Checkpointer
+from tst_ray.guard import Guard
 from tst_ray.job import Job
 from tst_ray.journal import Journal
 from tst_ray.plan import MEMORY_KEEP
 from tst_ray.storage import Storage, pauses
 from tst_ray.timeouts import COMMIT, STORAGE_S
-from tst_ray.watchdog import Watchdog
+from tst_ray.watchdog import Unwatched
 
 
 class Saving:
     """One worker's checkpoints; every rank holds one and calls it in the same order.
 
     Args:
-        job, ranks, journal, watchdog: the worker's.
+        job, ranks, journal, watchdog, guard: the worker's.
         state: gives what to save, tensors and plain values by name; live.
 
     Attributes:
@@ -43,11 +44,12 @@ class Saving:
         job: Job,
         ranks: Ranks,
         journal: Journal,
-        watchdog: Watchdog | None,
+        watchdog: Unwatched,
+        guard: Guard,
         state: Callable[[], dict[str, Any]],
     ) -> None:
         self._job, self._ranks, self._journal, self._watchdog = job, ranks, journal, watchdog
-        self._state = state
+        self._guard, self._state = guard, state
         self._settings = job.config.checkpoint
         self.wanted = False
         self._saved_at = time.monotonic()  # to storage; or where it was loaded, for the first
@@ -120,7 +122,7 @@ class Saving:
             return False
         return time.monotonic() - self._saved_at > max(every_s, 2 * self.storage.save_s)
 
-    def if_due(self, step: int, is_suspicious: bool) -> None:
+    def if_due(self, step: int) -> None:
         """Save to memory and to storage, each at its own interval; to storage where a stage ends.
 
         A state that the guard mistrusts is kept only there. After a group's first step, when there
@@ -129,13 +131,13 @@ class Saving:
         if not self._reserved:
             self._reserve(step)
         ends = step == self._job.last_step
-        if is_suspicious and not ends:
+        if self._guard.suspicious and not ends:
             return
         every = self._settings.memory_every
         if self.memory is not None and every and step % every == 0 and not ends:
-            self._save(step, self.memory, is_suspicious)
+            self._save(step, self.memory)
         if step % self._settings.every == 0 or ends or self.wanted:
-            self._save(step, self.storage, is_suspicious)
+            self._save(step, self.storage)
 
     def _reserve(self, step: int) -> None:
         """Have memory made for the copies that the rest of the stage asks for."""
@@ -145,13 +147,15 @@ class Saving:
         if self.memory is not None and every and step + every <= self._job.last_step:
             self.memory.reserve(self._state())
 
-    def now(self, step: int, is_suspicious: bool) -> None:
-        """Save to storage, whatever is due: the group ends here."""
-        self._save(step, self.storage, is_suspicious)
-
-    def finish(self, step: int, is_suspicious: bool) -> None:
+    def finish(self, step: int, save: bool = False) -> None:
         """Wait for a group's last checkpoint; try it again where storage did not take it, since no
-        next one will do better, as long as a run waits for storage."""
+        next one will do better, as long as a run waits for storage.
+
+        Args:
+            save: whether to begin one first, whatever is due.
+        """
+        if save:
+            self._save(step, self.storage)
 
         def has_failed() -> bool:
             self.wait(step)
@@ -164,7 +168,7 @@ class Saving:
             if pause_s is None:
                 return
             time.sleep(pause_s)
-            self._save(step, self.storage, is_suspicious)
+            self._save(step, self.storage)
 
     def wait(self, step: int) -> None:
         """Wait for what is on its way."""
@@ -175,13 +179,13 @@ class Saving:
         """Memory first: of the same step, it is read the faster."""
         return [saver for saver in (self.memory, self.storage) if saver is not None]
 
-    def _save(self, step: int, saver: Checkpointer, is_suspicious: bool) -> None:
+    def _save(self, step: int, saver: Checkpointer) -> None:
         """Start a checkpoint of the state after `step` steps, once the one before is done."""
         started = time.perf_counter()
         self._wait_for(saver, step)
         if saver is self.storage:
             self._saved_at = time.monotonic()
-        self._expect("save" if saver.background else COMMIT, step)
+        self._watchdog.expect("save" if saver.background else COMMIT, step)
         data_tokens, latent_tokens = self._job.plan.tokens_after(step)
         meta = {
             "attempt": self._journal.attempt,
@@ -193,17 +197,12 @@ class Saving:
             self._state(),
             meta,
             first=self._journal.flush,  # a committed step is not trained again: its line must stand
-            prune=not is_suspicious,  # a run may have to go back behind it
+            prune=not self._guard.suspicious,  # a run may have to go back behind it
         )
         self._journal.timing(stall_s=time.perf_counter() - started)
 
     def _wait_for(self, saver: Checkpointer, step: int) -> None:
         """Wait until a save is committed, as long as storage was seen to take, and longer."""
-        self._expect(COMMIT, step)
+        self._watchdog.expect(COMMIT, step)
         saver.wait()
-        if self._watchdog is not None:
-            self._watchdog.bounds.saw(COMMIT, saver.save_s)
-
-    def _expect(self, kind: str, step: int) -> None:
-        if self._watchdog is not None:
-            self._watchdog.expect(kind, step)
+        self._watchdog.bounds.saw(COMMIT, saver.save_s)

@@ -36,7 +36,20 @@ STACKS = "stacks"
 _LINE_BYTES = 512  # a beat is shorter, so a write of one is atomic (PIPE_BUF)
 
 
-class Watchdog:
+class Unwatched:
+    """In place of a watchdog where nobody watches (`fault.hang_s: null`)."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+
+    def expect(self, kind: str, step: int) -> None:
+        """The last beat is over; the next is of this `kind`, for the step after `step`."""
+
+    def close(self) -> None:
+        """End the watch: what comes next may take any time."""
+
+
+class Watchdog(Unwatched):
     """The worker's side: starts the process and tells it what comes next.
 
     Args:
@@ -46,7 +59,7 @@ class Watchdog:
     """
 
     def __init__(self, run_url: str, bounds: Bounds, attempt: int, rank: int) -> None:
-        self.bounds = bounds
+        super().__init__(bounds)
         self._kind, self._since = "", time.monotonic()
         # Without a name, so that nothing is left of it however the two processes end.
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 — kept until close
@@ -71,7 +84,6 @@ class Watchdog:
         os.set_blocking(self._pipe, False)
 
     def expect(self, kind: str, step: int) -> None:
-        """The last beat is over; the next is of this `kind`, for the step after `step`."""
         now = time.monotonic()
         if self._kind:
             self.bounds.saw(self._kind, now - self._since)
@@ -82,7 +94,6 @@ class Watchdog:
             os.write(self._pipe, json.dumps(beat).encode()[: _LINE_BYTES - 1] + b"\n")
 
     def close(self) -> None:
-        """End the watchdog: what comes next may take any time."""
         faulthandler.disable()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):

@@ -40,7 +40,7 @@ from tst_ray.saving import Saving
 from tst_ray.speed import Speed
 from tst_ray.storage import Storage
 from tst_ray.timeouts import Bounds
-from tst_ray.watchdog import Watchdog
+from tst_ray.watchdog import Unwatched, Watchdog
 
 OpenBatches = Callable[[Phase, int], Iterable[Columns]]
 _SAVE = len(STOPS) + 1  # among what ranks may want: a checkpoint, and then to go on
@@ -63,14 +63,14 @@ def train(job: Job, place: Place, open_batches: OpenBatches) -> Ended:
         watching(job, journal, place.rank) as watchdog,
     ):
         trainer = Trainer(job, place, ranks, journal, watchdog)
-        return train_phases(trainer, job, open_batches)
+        return train_phases(trainer, open_batches)
 
 
-def train_phases(trainer: Trainer, job: Job, open_batches: OpenBatches) -> Ended:
+def train_phases(trainer: Trainer, open_batches: OpenBatches) -> Ended:
     """The loop itself."""
-    step = trainer.restore()
-    for phase in job.plan.phases:
-        if not phase.first_step <= step < min(phase.last_step, job.last_step):
+    step, last_step = trainer.restore(), trainer.job.last_step
+    for phase in trainer.plan.phases:
+        if not phase.first_step <= step < min(phase.last_step, last_step):
             continue
         trainer.start_phase(phase, step)
         for batch, wait_s in timed(open_batches(phase, step)):
@@ -83,27 +83,26 @@ def train_phases(trainer: Trainer, job: Job, open_batches: OpenBatches) -> Ended
                 return trainer.roll_back(rollback, step)
             if trainer.stop_reason:
                 return trainer.stop(step)
-            trainer.saving.if_due(step, trainer.guard.suspicious)
+            trainer.saving.if_due(step)
             trainer.expect("data", step)
             if step == phase.last_step:
                 break
-        if step < min(phase.last_step, job.last_step):
+        if step < min(phase.last_step, last_step):
             raise BatchMismatch(
                 f"phase {phase.index + 1}: the batches ended after step {step}, {phase.last_step} "
                 "were planned"
             )
-    trainer.finish(step)
-    return Ended(step, DONE)
+    return trainer.finish(step)
 
 
 @contextlib.contextmanager
-def watching(job: Job, journal: Journal, rank: int) -> Iterator[Watchdog | None]:
+def watching(job: Job, journal: Journal, rank: int) -> Iterator[Unwatched]:
     """A watchdog over this worker while the block runs; none where `fault.hang_s` is null."""
     fault = job.config.fault
-    if fault.hang_s is None:
-        yield None
-        return
-    dog = Watchdog(job.run_url, Bounds(fault.hang_s, fault.start_s), journal.attempt, rank)
+    bounds = Bounds(fault.hang_s or 0.0, fault.start_s)
+    dog = Unwatched(bounds)
+    if fault.hang_s is not None:
+        dog = Watchdog(job.run_url, bounds, journal.attempt, rank)
     dog.expect("start", 0)
     try:
         yield dog
@@ -115,7 +114,7 @@ class Trainer:
     """One worker's model, optimizer, checkpoints and guard, and what it tells."""
 
     def __init__(
-        self, job: Job, place: Place, ranks: Ranks, journal: Journal, watchdog: Watchdog | None
+        self, job: Job, place: Place, ranks: Ranks, journal: Journal, watchdog: Unwatched
     ) -> None:
         config = job.config
         self.job, self.place, self.config, self.plan = job, place, config, job.plan
@@ -125,7 +124,8 @@ class Trainer:
         self.times = {"entered": round(time.time(), 3)}
         if threads := config.train.threads or place.threads:
             torch.set_num_threads(threads)
-        self.saving = Saving(job, ranks, journal, watchdog, self.state)
+        self.guard = Guard(config.fault)
+        self.saving = Saving(job, ranks, journal, watchdog, self.guard, self.state)
         self.checkpoint = self.saving.newest_good()  # to go on from; None at the start of a run
         self.times["verified"] = round(time.time(), 3)
         manifest = load_manifest(job.feeds[0])
@@ -146,7 +146,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.train)
         self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)
         self.speed = Speed(self.plan, describe(self.hf_config), place.device, place.world_size)
-        self.guard = Guard(config.fault)
         self.passed_over: Callable[[int], bool] = lambda step: False
         self.stop_reason: str | None = None
         self._state: dict[str, Any] | None = None
@@ -255,8 +254,7 @@ class Trainer:
 
     def expect(self, kind: str, step: int) -> None:
         """Tell the watchdog that what came before is done, and what comes next."""
-        if self.watchdog is not None:
-            self.watchdog.expect(kind, step)
+        self.watchdog.expect(kind, step)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -362,8 +360,8 @@ class Trainer:
         """Record that a phase begins or goes on."""
         if step == phase.first_step:
             self.guard.start_phase()
-        if self.watchdog is not None:  # its first step may compile, and reading start anew
-            self.watchdog.bounds.forget("step", "data")
+        # Its first step may compile, and reading start anew.
+        self.watchdog.bounds.forget("step", "data")
         self.journal.event(
             "phase_start",
             phase=phase.index,
@@ -378,18 +376,19 @@ class Trainer:
         """End between two steps because rank 0 wants it, with a checkpoint where storage works."""
         reason = self.stop_reason
         assert reason is not None
-        if reason != FAILED_SAVES:
-            self.saving.now(step, self.guard.suspicious)
-            self.saving.finish(step, self.guard.suspicious)
-        self.saving.wait(step)
+        if reason == FAILED_SAVES:
+            self.saving.wait(step)
+        else:
+            self.saving.finish(step, save=True)
         self.journal.event("stop", step=step, reason=reason)
         self.journal.finish(step)
         return Ended(step, reason)
 
-    def finish(self, step: int) -> None:
-        """Wait for the last checkpoint, and say where the run stands."""
-        self.saving.finish(step, self.guard.suspicious)
+    def finish(self, step: int) -> Ended:
+        """End where the stage does, with its last checkpoint."""
+        self.saving.finish(step)
         self.journal.finish(step)
+        return Ended(step, DONE)
 
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.order import rank_slots
 from tst_ray.config import Config, PhaseConfig, TrainConfig
@@ -46,7 +46,7 @@ class Phase:
     min_workers: int
     max_workers: int
     weighting: str
-    loss: str
+    loss: Literal["mce", "mce_alt"]
     mode: str
     fold: str
     num_sequences: int

@@ -31,7 +31,6 @@ from tst_ray.chunked_loss import chunked_cross_entropy
 log = logging.getLogger(__name__)
 
 Loss = Literal["mce", "mce_alt"]
-Reduction = Literal["mean", "sum"]
 
 WEIGHTINGS = ("uniform", "power_law", "exponential", "first_token", "mutual_information")
 
@@ -198,8 +197,7 @@ def linear_multi_hot_cross_entropy(
     ignore_index: int = -100,
     *,
     loss: Loss = "mce",
-    reduction: Reduction = "mean",
-    divisor: float = 1.0,
+    divisor: float | None = None,
     chunk_rows: int | None = None,
     compile: bool = False,
 ) -> Tensor:
@@ -213,10 +211,9 @@ def linear_multi_hot_cross_entropy(
         targets: [N, s], labels or `ignore_index`.
         weights: [s]; `mce_alt` has no place weights and does not look at them.
         loss: `mce` is multi_hot_cross_entropy, `mce_alt` multi_hot_cross_entropy_alt.
-        reduction: `mean` is theirs; `sum` leaves the division by the number of valid labels (of
-            each place, or of positions for `mce_alt`) to the caller.
-        divisor: what the result is divided by, before gradients are cast to the inputs' dtype: a
-            later division would round the same factor into every bfloat16 gradient.
+        divisor: what the sum is divided by; theirs unless given, the number of valid labels (of
+            each place, or of positions for `mce_alt`). Not to be done later: that would round the
+            same factor into every bfloat16 gradient.
         chunk_rows: positions a chunk; by default as many as 1 GiB of logits allows.
         compile: whether to torch.compile the softmax.
 
@@ -224,12 +221,10 @@ def linear_multi_hot_cross_entropy(
         a scalar, float32 or the hidden states' float64.
 
     Raises:
-        ValueError: for another loss or reduction.
+        ValueError: for another loss.
     """
     if loss not in ("mce", "mce_alt"):
         raise ValueError(f"loss = {loss!r}: must be mce or mce_alt")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction = {reduction!r}: must be mean or sum")
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     valid_Ns = targets != ignore_index
     if loss == "mce":
@@ -238,13 +233,11 @@ def linear_multi_hot_cross_entropy(
     else:
         masses_Ns = valid_Ns.to(dtype)
         counts = valid_Ns.any(dim=1).sum()
-    if reduction == "mean":
-        masses_Ns = masses_Ns / counts.clamp(min=1)
     return chunked_cross_entropy(
         hidden,
         weight,
         targets.masked_fill(~valid_Ns, 0),
-        masses_Ns / divisor,
+        masses_Ns / (counts.clamp(min=1) if divisor is None else divisor),
         jointly=loss == "mce_alt",
         chunk_rows=chunk_rows,
         compile=compile,

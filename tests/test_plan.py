@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 
+from tst_ray.architecture import describe
 from tst_ray.config import load_config
 from tst_ray.plan import (
     ModelShape,
@@ -31,6 +34,8 @@ SHAPE = ModelShape(
     num_kv_heads=1,
     head_dim=2,
     intermediate_size=12,
+    experts_per_token=0,
+    has_head_norms=False,
     largest_block_parameters=150,
 )
 
@@ -294,16 +299,50 @@ def test_logits_never_outgrow_their_bound() -> None:
         assert memory["logits"] == copies * 2**30
 
 
+def kept_by_autograd(model: Any, inputs_BLd: torch.Tensor) -> int:
+    """The bytes that a forward pass keeps for backward, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs_embeds=inputs_BLd, use_cache=False)
+    return sum(
+        tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights
+    )
+
+
+QWEN = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "intermediate_size": 384, "moe_intermediate_size": 64, "vocab_size": 512,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("precision", "compile"),
+    ("changes", "precision", "compile"),
     [
-        ("float32", False),
-        ("bfloat16", False),
-        pytest.param("bfloat16", True, marks=pytest.mark.slow),
+        ({}, "float32", False),
+        ({}, "bfloat16", False),
+        pytest.param({}, "bfloat16", True, marks=pytest.mark.slow),
+        ({"model_type": "qwen3", **QWEN}, "bfloat16", False),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 32, "num_experts_per_tok": 8, **QWEN},
+            "bfloat16", False,
+        ),
+        (
+            {"model_type": "qwen2_moe", "num_experts": 16, "num_experts_per_tok": 4,
+             "shared_expert_intermediate_size": 512, **QWEN},
+            "float32", False,
+        ),
     ],
-)
-def test_activations_are_what_autograd_keeps(precision: str, compile: bool) -> None:
-    import torch
+    ids=["llama-float32", "llama-bfloat16", "llama-compiled", "qwen3", "qwen3_moe", "qwen2_moe"],
+)  # fmt: skip
+def test_activations_are_what_autograd_keeps(
+    changes: dict[str, Any], precision: str, compile: bool
+) -> None:
     from transformers import AutoConfig, AutoModel
 
     config = load_config(
@@ -314,34 +353,14 @@ def test_activations_are_what_autograd_keeps(precision: str, compile: bool) -> N
             f"--train.compile={str(compile).lower()}",
         ],
     )
-    plan = build_plan(config)
-    dtype = getattr(torch, precision)
-    model = AutoModel.from_config(AutoConfig.for_model(**config.model.config)).to(dtype)
+    plan, dtype = build_plan(config), getattr(torch, precision)
+    hf = AutoConfig.for_model(**(changes or {**config.model.config, "vocab_size": 1024}))
+    model = AutoModel.from_config(hf).to(dtype)
     if compile:
         for block in model.layers:
             block.compile()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    inputs_BLd = torch.randn(8, 64, 96, dtype=dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs_embeds=inputs_BLd, use_cache=False)
-    measured = sum(
-        tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights
+    measured = kept_by_autograd(
+        model, torch.randn(8, 64, hf.hidden_size, dtype=dtype, requires_grad=True)
     )
-    shape = replace(
-        SHAPE,
-        vocab_size=1024,
-        hidden_size=96,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=3,
-        head_dim=32,
-        intermediate_size=256,
-    )
-    estimate = memory_per_worker(shape, plan, plan.phases[0], 1, config.train)["activations"]
-    assert estimate == pytest.approx(measured, rel=0.1)
+    memory = memory_per_worker(describe(hf), plan, plan.phases[0], 1, config.train)
+    assert memory["activations"] == pytest.approx(measured, rel=0.1)

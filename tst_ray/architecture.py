@@ -168,6 +168,8 @@ def describe(config: Any) -> ModelShape:
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
         head_dim=int(head_dim) if num_heads else 0,
         intermediate_size=_intermediate_size(config, top_k),
+        experts_per_token=top_k,
+        has_head_norms=any("q_norm" in name for name, _ in model.named_parameters()),
         largest_block_parameters=max(
             sum(p.numel() for p in block.parameters()) for block in parts.blocks
         ),
@@ -181,8 +183,10 @@ def experts(config: Any) -> tuple[int, int]:
 
 def _intermediate_size(config: Any, top_k: int) -> int:
     narrow = getattr(config, "moe_intermediate_size", None)
-    if narrow:
-        return int(narrow) * top_k
+    if narrow and top_k:
+        shared = getattr(config, "shared_expert_intermediate_size", None)
+        shared = shared or narrow * int(getattr(config, "n_shared_experts", None) or 0)
+        return int(narrow) * top_k + int(shared)
     size = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return int(size or 4 * config.hidden_size) * max(top_k, 1)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from rich.console import Console
 
 from tests.tiny import make_config, make_corpus
 from tst_ray import display
+from tst_ray.cli import main
+from tst_ray.errors import RunError
 from tst_ray.plan import build_plan
 from tst_ray.storage import Storage
 
@@ -52,3 +56,55 @@ def test_storage_that_fails_for_a_while_does_not_end_the_display(
     with display.watch(run, plan, page):  # type: ignore[arg-type]
         assert seen.wait(60.0)
     assert "step 3/8" in page.text.getvalue()
+
+
+@pytest.fixture(params=["a full disk", "a closed pipe", "a terminal that is gone"])
+def gone(request: pytest.FixtureRequest) -> Iterator[display.Terminal]:
+    """A terminal that takes no more, whatever it was."""
+    if request.param == "a full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, out = os.pipe() if request.param == "a closed pipe" else os.openpty()
+    kept = os.dup(1)
+    os.dup2(out, 1)
+    os.close(out)
+    try:
+        terminal = display.Terminal()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    if request.param != "a full disk":
+        os.close(reader)
+    yield terminal
+
+
+def test_a_run_goes_on_where_nobody_can_be_told_of_it(
+    gone: display.Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of stages, the progress, and the summary; a pipe's end would exit the process."""
+    plan = build_plan(make_config(tmp_path, make_corpus(tmp_path / "corpus")))
+    monkeypatch.setattr(display, "_POLL_S", 0.01)
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    before = os.fstat(1)
+    for _ in range(3):
+        gone.say("a line" * 3000)
+        gone.console.print("a line")
+        with display.watch(Storage(str(tmp_path / "run")), plan, gone):
+            gone.say("a line")
+    assert not failed
+    assert os.path.samestat(os.fstat(1), before), "standard output is left as it was"
+
+
+def test_text_is_prepared_where_nobody_can_be_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("No space left on device")
+
+    def prepare_only(config: Any, say: Any) -> None:
+        say("a line")
+        raise RunError("and the error, too")
+
+    monkeypatch.setattr("tst_ray.coordinator.prepare_only", prepare_only)
+    monkeypatch.setattr("sys.stderr", Full())
+    assert main(["prepare", "--train.steps=100"]) == 1

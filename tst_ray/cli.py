@@ -9,6 +9,7 @@ starts; 130 and 143 stopped by Ctrl-C and SIGTERM. After 1, 130 and 143 the same
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -29,20 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args, overrides)
     except (UserError, DataError) as error:
-        print(f"tst-ray: {error}", file=sys.stderr)
+        _tell(f"tst-ray: {error}")
         return getattr(error, "exit_status", 1)
     except KeyboardInterrupt:
-        print("tst-ray: interrupted; the same command resumes the run", file=sys.stderr)
+        _tell("tst-ray: interrupted; the same command resumes the run")
         return 130
     except SystemExit as error:  # how Ray takes SIGTERM while no stage trains
         if error.code != signal.SIGTERM:
             raise
-        print("tst-ray: terminated; the same command resumes the run", file=sys.stderr)
+        _tell("tst-ray: terminated; the same command resumes the run")
         return 143
     except BrokenPipeError:
         return 1
     except OSError as error:  # storage's
-        print(f"tst-ray: {error}", file=sys.stderr)
+        _tell(f"tst-ray: {error}")
         return 1
     return 0
 
@@ -132,7 +133,7 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     from tst_ray.coordinator import prepare_only
 
-    manifest = prepare_only(config, _say_to_stderr)
+    manifest = prepare_only(config, _tell)
     facts = {
         "folder": manifest.folder,
         "fingerprint": manifest.fingerprint,
@@ -224,8 +225,10 @@ def _settings(args: argparse.Namespace, overrides: list[str]) -> None:
     print(settings_table())
 
 
-def _say_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+def _tell(text: str) -> None:
+    """Print a line on standard error; where that is gone, nobody is told, and the work goes on."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ bars are live; elsewhere (a job's log) a line comes every few seconds.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -26,14 +27,29 @@ _LINE_EVERY_S = 15.0
 _TAIL_BYTES = 64 << 10
 
 
+class _Out(io.TextIOWrapper):
+    """Standard output, which a run can do without: a terminal may go, a pipe's reader end, a disk
+    fill up. What it does not take is not shown."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 class Terminal:
     """The user's terminal, which stays ours while descriptors 1 and 2 point to a log file."""
 
     def __init__(self) -> None:
-        sys.stdout.flush()
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        _flush()
+        # errors: not every locale has our dashes
+        out = _Out(os.fdopen(os.dup(1), "wb"), errors="replace", line_buffering=True)
         self.console = Console(
-            file=self._out,
+            file=out,
             highlight=False,
             soft_wrap=True,
             force_terminal=os.isatty(1) or None,
@@ -47,8 +63,7 @@ class Terminal:
     def quiet(self, log_path: str) -> Iterator[None]:
         """Send all other output of this process and its children to a file."""
         saved = os.dup(1), os.dup(2)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -56,12 +71,17 @@ class Terminal:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # the disk of the log may be full
-                sys.stdout.flush()
-                sys.stderr.flush()
+            _flush()
             for descriptor, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, descriptor)
                 os.close(copy)
+
+
+def _flush() -> None:
+    """Have what was printed so far go where it was meant to, as far as that takes it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk of a log may be full
+            stream.flush()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ray.exceptions import RpcError
 
 from pipelines.manifest import Manifest
 from tests.tiny import make_config, make_corpus, make_job
+from tst_ray.checkpoint import MARKER, folder_name
 from tst_ray.elastic import Node
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
@@ -121,6 +122,21 @@ def test_an_interrupt_says_how_to_go_on_and_its_status_is_the_signals(
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage.train()
     assert caught.value.exit_status == 143
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"), [(3, "with a checkpoint of step 3;"), (0, "before the first checkpoint;")]
+)
+def test_an_interrupt_names_a_checkpoint_that_there_is(
+    tmp_path: Path, manifest: Manifest, saved: int, said: str
+) -> None:
+    """Storage may have taken none where the group ended."""
+    stage = Scripted(tmp_path, manifest, [(0, Ended(5, INTERRUPT))])
+    if saved:
+        (stage.run / "checkpoints" / folder_name(saved)).write(MARKER, "x")
+    stage.on_attempt = stage.interrupt
+    with pytest.raises(Interrupted, match=said):
+        stage.train()
 
 
 def test_a_stage_whose_last_checkpoint_is_missing_is_not_done(

@@ -218,8 +218,7 @@ class Stage:
             return
         self.failures = 0
         if ended.reason == INTERRUPT:
-            by = self._interrupts.by or signal.SIGTERM  # as for a driver whose node goes
-            raise Interrupted(self._resume_line(ended.step), by)
+            raise self._interrupted()
         if ended.reason == FAILED_SAVES:
             raise RunError(
                 f"{self.run.url}: {self.config.fault.max_failed_saves} checkpoints in a row could "
@@ -280,13 +279,10 @@ class Stage:
             raise self._interrupted()
 
     def _interrupted(self) -> Interrupted:
-        by = self._interrupts.by
-        assert by is not None
-        return Interrupted(self._resume_line(newest_step(self.run)), by)
-
-    def _resume_line(self, step: int) -> str:
+        step = newest_step(self.run)  # not where the group ended: that may not have been saved
         at = f"with a checkpoint of step {step:,}" if step else "before the first checkpoint"
-        return f"{self.run.url}: stopped, {at}; the same command resumes"
+        by = self._interrupts.by or signal.SIGTERM  # as for a driver whose node goes
+        return Interrupted(f"{self.run.url}: stopped, {at}; the same command resumes", by)
 
     def _on_interrupt(self) -> None:
         """The first signal. A group is asked by the supervisor; this process itself, here."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.test_bad_input import arguments
 from tests.test_runs import write_text
@@ -17,8 +20,9 @@ from tst_ray.coordinator import Coordinator, State, _begin, check_model, memory_
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state, update_state
+from tst_ray.metrics import add_event
 from tst_ray.plan import ModelShape, build_plan
-from tst_ray.report import plan_facts
+from tst_ray.report import plan_facts, print_summary, status_facts
 from tst_ray.runstore import Hold, Overtaken, read_events, run_storage
 from tst_ray.storage import Storage
 
@@ -121,6 +125,45 @@ def test_an_overtaken_driver_leaves_no_mark_on_the_run(
     run = run_storage(config)
     assert (read_state(run)["status"], read_state(run)["attempt"]) == ("running", 7)
     assert run.read_lines("events.jsonl") == []
+
+
+def a_bit_flips(run: Storage, name: str, where: bytes) -> None:
+    content = run.read(name)
+    at = content.index(where)
+    run.write(name, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+@pytest.mark.parametrize("damage", ["none", "byte", "field", "removed"])
+def test_a_run_is_finished_whatever_was_done_to_its_logs(tmp_path: Path, damage: str) -> None:
+    """They are for people; what a run must not lose is in its checkpoints."""
+    config = load_config(None, ["--train.steps=6", f"--run.storage={tmp_path}"])
+    driver, run = Coordinator(config, SimpleNamespace(say=None)), run_storage(config)
+    run.make()
+    update_state(run, status="running", step=6, total_steps=6)
+    for step in range(1, 7):
+        record = {"step": step, "attempt": 1, "phase": driver.plan.phase_at(step - 1).index}
+        record |= {"world_size": 2, "loss": 2.5, "val_loss": 2.0}
+        run.append("metrics.jsonl", json.dumps(record) + "\n")
+        add_event(run, "checkpoint", step=step)
+    if damage == "byte":
+        for name in ("metrics.jsonl", "events.jsonl"):
+            Path(run.at(name)).write_bytes(run.read(name).replace(b'"step"', b'"st\xe5p"', 1))
+    elif damage == "field":
+        a_bit_flips(run, "metrics.jsonl", b"phase")
+        a_bit_flips(run, "events.jsonl", b"event")
+    elif damage == "removed":
+        run.remove("metrics.jsonl")
+    outcome = driver._finish(run, [])
+    page = Console(file=io.StringIO(), width=200)
+    print_summary(outcome, page)
+    said = page.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("data tokens") == len(driver.plan.phases) == 2
+    assert (read_state(run)["status"], read_state(run)["step"]) == ("finished", 6)
+    told = [event for event in read_events(run) if event.get("event") == "finish"]
+    assert [event["step"] for event in told] == [6]
+    assert ("2 workers, loss 2.500" in said) is (damage != "removed")
+    assert ("final validation loss: 2.0000" in said) is (damage != "removed")
+    assert status_facts(run)["last_events"][-1]["event"] == "finish"
 
 
 class Blind:

@@ -18,13 +18,15 @@ from tst_ray.metrics import (
     drop_after,
     flatten,
     one_line_a_step,
+    recent_records,
     write_hparams,
 )
 from tst_ray.storage import Storage
 
 
 def record(step: int, loss: float, **more: Any) -> dict[str, Any]:
-    return {"step": step, "phase": 0, "loss": loss, "lr": 1e-3, "world_size": 1, **more}
+    told = {"step": step, "phase": 0, "loss": loss, "lr": 1e-3, "world_size": 1, "step_time_s": 0.1}
+    return {**told, **more}
 
 
 def write_steps(run: Storage, start: int, stop: int, loss: float, every: int = 1) -> None:
@@ -104,6 +106,22 @@ def test_a_torn_line_is_dropped_before_more_is_added(run: Storage) -> None:
     drop_after(run, 1)
     assert run.read(METRICS).endswith(b"}\n")
     assert [r["step"] for r in run.read_lines(METRICS)] == [1]
+
+
+def test_a_damaged_line_keeps_no_run_from_going_on(run: Storage) -> None:
+    """A bit that flips makes it no text, no JSON, or the name of a field another one."""
+    lines = [json.dumps(record(step, 1.0, attempt=1)).encode() + b"\n" for step in range(1, 9)]
+    lines[2] = lines[2].replace(b'"step"', b'"st\xe5p"')
+    lines[3] = lines[3].replace(b"{", b"z")
+    lines[4] = lines[4].replace(b'"step"', b'"sdep"')
+    lines[6] = lines[6].replace(b'"step"', b'"sdep"')
+    run.write(METRICS, b"".join(lines))
+    assert [r["step"] for r in one_line_a_step(run)] == [1, 2, 6, 8]
+    assert [r["step"] for r in recent_records(run, 2)] == [6, 8]
+    assert [r["step"] for r in drop_after(run, 6)] == [8]
+    assert run.read(METRICS) == b"".join(lines[:6])
+    assert [r["step"] for r in drop_after(run, 5)] == [6]
+    assert run.read(METRICS) == b"".join(lines[:2])
 
 
 def test_curves_are_thinned_but_evaluations_are_not(run: Storage) -> None:

@@ -81,6 +81,20 @@ def test_the_tail_holds_whole_records_only(storage: Storage) -> None:
     assert len(storage.tail_records("m.jsonl", 10_000)) == 100
 
 
+def test_a_damaged_byte_is_of_its_own_line_alone(storage: Storage) -> None:
+    lines = [b'{"a": 1, "b": "x"}\n', b'{"a": 2, "b": "\xe5"}\n', b'{"\xe5": 3}\n', b"[4]\n"]
+    storage.write("m.jsonl", b"".join([*lines, b'{"a": 5}\n']))
+    storage.add("m.jsonl", '{"a": 6}\n')
+    for read in (
+        storage.read_lines("m.jsonl", ["a"]),
+        storage.tail_records("m.jsonl", 1000, ["a"]),
+    ):
+        assert [record["a"] for record in read] == [1, 2, 5, 6]
+    assert storage.read_lines("m.jsonl")[2] == {"\ufffd": 3}
+    storage.fold("m.jsonl")
+    assert len(storage.read_lines("m.jsonl", ["a"])) == 4
+
+
 def test_remove_takes_a_file_or_the_folder(storage: Storage) -> None:
     storage.write("a", b"1")
     (storage / "sub").write("b", b"2")

@@ -90,7 +90,7 @@ class Outcome:
     """What a finished run left behind.
 
     Attributes:
-        records: the last line of metrics.jsonl of each phase.
+        records: the last line of metrics.jsonl of each phase, by its index; some may be lost.
         val_loss: the final validation loss in nats; None where no text was held out.
         samples: a few continuations by the trained model.
         log_path: where Ray's output went; None without Ray.
@@ -99,7 +99,7 @@ class Outcome:
 
     run: Storage
     plan: Plan
-    records: tuple[dict[str, Any], ...]
+    records: dict[int, dict[str, Any]]
     val_loss: float | None
     model_folder: str
     samples: tuple[str, ...]
@@ -341,15 +341,12 @@ class Coordinator:
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
 
     def _finish(self, run: Storage, samples: list[str]) -> Outcome:
-        records = one_line_a_step(run)
-        last = tuple(
-            next(r for r in reversed(records) if r["phase"] == phase.index)
-            for phase in self.plan.phases
-        )
-        step, val_loss = last[-1]["step"], last[-1].get("val_loss")
+        records = {record["phase"]: record for record in one_line_a_step(run)}
+        step = self.plan.total_steps
+        last = next((record for record in records.values() if record["step"] == step), {})
         # a step that was passed over has no loss, and no text may have been held out
-        final = {name: last[-1][name] for name in _FINAL if last[-1].get(name) is not None}
-        if not any(event["event"] == "finish" for event in read_events(run)):
+        final = {name: last[name] for name in _FINAL if last.get(name) is not None}
+        if not any(event.get("event") == "finish" for event in read_events(run)):
             write_hparams(run, self.config.dump(), final, step)
             add_event(run, "finish", step=step, **final)
         _fold_events(run)
@@ -358,7 +355,14 @@ class Coordinator:
         self._enter(State.FINISHED)
         model_folder = (run / "model").url
         return Outcome(
-            run, self.plan, last, val_loss, model_folder, tuple(samples), self.log_path, account
+            run,
+            self.plan,
+            records,
+            final.get("val_loss"),
+            model_folder,
+            tuple(samples),
+            self.log_path,
+            account,
         )
 
     def _enter(self, state: State) -> None:

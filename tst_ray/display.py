@@ -25,6 +25,7 @@ from tst_ray.storage import Storage
 _POLL_S = 0.5
 _LINE_EVERY_S = 15.0
 _TAIL_BYTES = 64 << 10
+_FIELDS = ("step", "phase", "loss", "lr", "tokens_per_s", "world_size", "step_time_s")
 
 
 class _Out(io.TextIOWrapper):
@@ -101,7 +102,7 @@ def watch(run: Storage, plan: Plan, terminal: Terminal) -> Iterator[None]:
 
 def last_records(run: Storage) -> list[dict[str, Any]]:
     """The newest records of metrics.jsonl, oldest first; empty before the first step."""
-    return run.tail_records(METRICS, _TAIL_BYTES)
+    return run.tail_records(METRICS, _TAIL_BYTES, _FIELDS)
 
 
 def describe_phase(phase: Phase, num_phases: int) -> str:

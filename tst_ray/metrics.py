@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+EVENT_FIELDS = ("time", "event")  # of every event; a line without one was damaged
 
 # metrics.jsonl field -> TensorBoard tag. The step axis is the optimizer step throughout.
 TAGS = {
@@ -151,7 +152,7 @@ def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
     num_bytes = _TAIL_BYTES
     while True:
         offset, lines = run.tail_lines(METRICS, num_bytes)
-        records = [(line, parse_record(line)) for line in lines]
+        records = [(line, parse_record(line, "step", "step_time_s")) for line in lines]
         first = next((record for _, record in records if record), None)
         if offset == 0 or (first and first["step"] <= step):
             break
@@ -176,7 +177,7 @@ def one_line_a_step(run: Storage) -> list[dict[str, Any]]:
     Workers on a node that only the network has lost may write a line more before they notice that
     another attempt has begun: the last attempt's stands.
     """
-    records = run.read_lines(METRICS)
+    records = run.read_lines(METRICS, ("step", "phase", "attempt"))
     by_step: dict[int, dict[str, Any]] = {}
     for record in records:
         held = by_step.get(record["step"])
@@ -193,19 +194,21 @@ def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:
     num_bytes = _TAIL_BYTES
     while True:
         offset, lines = run.tail_lines(METRICS, num_bytes)
-        records = [record for record in map(parse_record, lines) if record]
+        records = [r for line in lines if (r := parse_record(line, "step", "loss"))]
         if offset == 0 or len(records) >= count:
             return records[-count:]
         num_bytes *= 4
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None for a torn one (its writer was killed)."""
+def parse_record(line: bytes, *having: str) -> dict[str, Any] | None:
+    """The record of a line; None for a torn one (its writer was killed), and for a damaged one,
+    which lacks a field that it should have."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if line.endswith(b"\n") and isinstance(record, dict) else None
+    whole = line.endswith(b"\n") and isinstance(record, dict) and record.keys() >= set(having)
+    return record if whole else None
 
 
 def write_hparams(

@@ -20,7 +20,7 @@ from tst_ray.curves import TENSORBOARD
 from tst_ray.display import describe_phase, duration, short_number, show_loss
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
-from tst_ray.metrics import EVENTS, METRICS
+from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS
 from tst_ray.plan import (
     ModelShape,
     Phase,
@@ -242,7 +242,7 @@ def status_facts(run: Storage) -> dict[str, Any]:
         RunError: it is not a run directory.
     """
     state = _state_of(run)
-    records = run.tail_records(METRICS, 1 << 16)
+    records = run.tail_records(METRICS, 1 << 16, ("step", "step_time_s"))
     step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
     silent_s = time.time() - state["updated"]
@@ -262,7 +262,7 @@ def status_facts(run: Storage) -> dict[str, Any]:
         "wall_s": round(account.wall_s, 3),
         "time_s": {part: round(seconds, 3) for part, seconds in account.parts.items()},
         "last_record": records[-1] if records else None,
-        "last_events": run.read_lines(EVENTS)[-5:],
+        "last_events": run.read_lines(EVENTS, EVENT_FIELDS)[-5:],
     }
 
 
@@ -392,16 +392,12 @@ def print_summary(outcome: Outcome, console: Console) -> None:
     """What a finished run did, and where everything is."""
     say = console.print
     say()
-    before = 0
-    for phase, record in zip(outcome.plan.phases, outcome.records, strict=True):
-        data_tokens = record["data_tokens"] - before
-        before = record["data_tokens"]
-        size = record["world_size"]
-        say(
-            f"{describe_phase(phase, len(outcome.plan.phases))}: {phase.steps:,} steps, "
-            f"{data_tokens:,} data tokens, {size} worker{'s' if size != 1 else ''}, "
-            f"loss {show_loss(record['loss'])}"
-        )
+    for phase in outcome.plan.phases:
+        did = f"{phase.steps:,} steps, {phase.data_tokens:,} data tokens"
+        if record := outcome.records.get(phase.index):
+            size = record["world_size"]
+            did += f", {size} worker{'s' if size != 1 else ''}, loss {show_loss(record['loss'])}"
+        say(f"{describe_phase(phase, len(outcome.plan.phases))}: {did}")
     if outcome.val_loss is not None:
         say(f"final validation loss: {outcome.val_loss:.4f} nats a token")
     if outcome.samples:

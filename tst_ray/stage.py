@@ -45,7 +45,7 @@ from tst_ray.group import Group, GroupFailed
 from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
-from tst_ray.metrics import EVENTS, METRICS, try_event
+from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
 from tst_ray.runstore import Hold
@@ -64,6 +64,7 @@ _FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a r
 _UNMEASURED_RESTART_S = 20.0
 _TAIL_BYTES = 64 << 10
 _EVENTS_BYTES = 1 << 20  # of some days
+_FIELDS = ("step", "attempt", "world_size", "step_time_s")
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ class Stage:
         """Go on without a node that ended one attempt after another, where that pays."""
         if self.config.fault.max_node_failures is None:
             return
-        events = patiently(lambda: self.run.tail_records(EVENTS, _EVENTS_BYTES))
+        events = patiently(lambda: self.run.tail_records(EVENTS, _EVENTS_BYTES, EVENT_FIELDS))
         if suspect := steadily(lambda: self.room.leave_out(events)):
             try_event(self.run, LEFT_OUT, **suspect)
             self.say(
@@ -468,13 +469,13 @@ class Stage:
 
     def _saves_fail(self) -> bool:
         """Whether storage did not take the last checkpoint that was tried."""
-        events = self.run.tail_records(EVENTS, _TAIL_BYTES)
+        events = self.run.tail_records(EVENTS, _TAIL_BYTES, EVENT_FIELDS)
         kinds = [event["event"] for event in events if not event.get("memory")]
         tries = [kind for kind in kinds if kind in ("checkpoint", "checkpoint_failed")]
         return tries[-1:] == ["checkpoint_failed"]
 
     def _records_now(self, world_size: int) -> list[dict[str, Any]]:
         """The newest lines of metrics.jsonl that this group wrote."""
-        records = self.run.tail_records(METRICS, _TAIL_BYTES)
+        records = self.run.tail_records(METRICS, _TAIL_BYTES, _FIELDS)
         attempt = read_state(self.run).get("attempt")
         return [r for r in records if r["attempt"] == attempt and r["world_size"] == world_size]

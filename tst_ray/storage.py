@@ -24,7 +24,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,13 +190,13 @@ class Storage:
         found = []
         for part in folder.names():
             with contextlib.suppress(FileNotFoundError):  # folded just now
-                found.append((part, folder.read(part).decode()))
+                found.append((part, _decoded(folder.read(part))))
         return found
 
     def _text(self, name: str) -> str:
         """A file's text; empty where it is missing."""
         try:
-            return self.read(name).decode()
+            return _decoded(self.read(name))
         except FileNotFoundError:
             return ""
 
@@ -233,19 +233,21 @@ class Storage:
         """Replace a JSON file as a whole."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
-    def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a .jsonl file; a torn line (its writer was killed) is left out."""
+    def read_lines(self, name: str, having: Collection[str] = ()) -> list[dict[str, Any]]:
+        """The records of a .jsonl file. A torn line (its writer was killed) is left out, and so is
+        one that was damaged: without one of the fields that all are to have."""
         beside = self._beside(name)  # first: what is folded in this moment is then in the log
         text = self._text(name)
-        return _records("".join([text, "\n", *_not_in(text, beside)]).splitlines())
+        return _records("".join([text, "\n", *_not_in(text, beside)]), having)
 
-    def tail_records(self, name: str, num_bytes: int) -> list[dict[str, Any]]:
-        """The whole records within the last bytes of a .jsonl file; cheap however long it is."""
+    def tail_records(
+        self, name: str, num_bytes: int, having: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Those within the last bytes of a .jsonl file; cheap however long it is."""
         beside = self._beside(name)
         _, lines = self.tail_lines(name, num_bytes)
-        whole = [line.decode(errors="replace") for line in lines if line.endswith(b"\n")]
-        text = "".join(whole)
-        return _records("".join([text, *_not_in(text, beside)]).splitlines())
+        text = "".join(_decoded(line) for line in lines if line.endswith(b"\n"))
+        return _records("".join([text, *_not_in(text, beside)]), having)
 
     def tail_lines(self, name: str, num_bytes: int) -> tuple[int, list[bytes]]:
         """The lines that start within the last bytes of a file, and where the first of them does.
@@ -357,9 +359,16 @@ def _not_in(log: str, beside: list[tuple[str, str]]) -> list[str]:
     return [lines for _, lines in beside if lines not in log]
 
 
-def _records(lines: list[str]) -> list[dict[str, Any]]:
+def _decoded(content: bytes) -> str:
+    """A log's text; a damaged byte is of its own line alone."""
+    return content.decode(errors="replace")
+
+
+def _records(text: str, having: Collection[str]) -> list[dict[str, Any]]:
     records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.keys() >= set(having):
+                records.append(record)
     return records

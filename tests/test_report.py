@@ -13,10 +13,12 @@ import pytest
 
 from tests.test_runs import write_text
 from tests.tiny import MODEL, SETTINGS
+from tst_ray import checkpoint, report
+from tst_ray.checkpoint import CheckpointInfo, remove
 from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.journal import read_state
-from tst_ray.report import plan_facts
+from tst_ray.report import checkpoint_facts, plan_facts, status_facts
 from tst_ray.storage import Storage
 
 # preset: parameters and active ones in billions, data tokens of phase one and of the run, as the
@@ -147,3 +149,36 @@ def test_checkpoints_are_listed_and_verified(
     assert "checkpoints is good" in capsys.readouterr().err
     assert main(["checkpoints", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["before", "while", "after"])
+def test_a_checkpoint_that_is_pruned_while_it_is_looked_at_is_no_damage(
+    finished: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A run that trains removes its oldest."""
+    shutil.copytree(finished.path, tmp_path / "run")
+    run = Storage(str(tmp_path / "run"))
+    read: list[int] = []
+
+    def prune(info: CheckpointInfo, at: str) -> None:
+        if at == when and info.step == 3:
+            remove(info.folder)
+
+    def meta(info: CheckpointInfo) -> CheckpointInfo:
+        read.append(info.step)
+        prune(info, "before")
+        return checkpoint.read_meta(info)
+
+    def verified(info: CheckpointInfo, contents: bool) -> str | None:
+        prune(info, "while")
+        problem = checkpoint.verify(info, contents=contents)
+        prune(info, "after")
+        return problem
+
+    monkeypatch.setattr(report, "read_meta", meta)
+    monkeypatch.setattr(report, "verify", verified)
+    found = [(facts["step"], facts["state"]) for facts in checkpoint_facts(run, verify_all=True)]
+    there = [(8, "committed"), (6, "committed"), (3, "committed")]
+    assert found == (there if when == "after" else there[:2])
+    assert read == [8, 6, 3], "more than once"
+    assert status_facts(run)["newest_checkpoint"] == 8

@@ -125,11 +125,15 @@ def verify(
 ) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files; None where nothing is.
 
+    Args:
+        info: with its meta.json, or without: then it is read.
+
     Raises:
         OSError: storage does not let it be read, so that nobody knows.
     """
     try:
-        for entry in read_meta(info).meta["files"][rank::world_size]:
+        meta = info.meta or read_meta(info).meta
+        for entry in meta["files"][rank::world_size]:
             problem = verify_file(info.folder, entry, contents)
             if problem:
                 return problem

@@ -5,6 +5,7 @@ Each comes as plain facts (for --json) and as text made from those facts alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any, Literal, get_args, get_origin
@@ -341,34 +342,33 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
     root = run / "checkpoints"
     found: list[dict[str, Any]] = []
     for name in reversed(root.names()):
-        folder, step = root / name, step_of(name)
-        if step is None:
-            continue
-        facts: dict[str, Any] = {"step": step, "state": "uncommitted", "checked": None}
-        if folder.exists(MARKER):
-            info = CheckpointInfo(step, folder, {})
-            quick = not found and _size_of(info) <= _QUICK_BYTES
-            contents = verify_all or quick
-            facts["checked"] = "checksums" if contents else "sizes"
-            try:
-                problem = verify(info, contents=contents)
-                facts["state"] = "damaged" if problem else "committed"
-            except OSError as error:
-                problem, facts["state"] = one_line(error), "unreadable"
-            facts["problem"] = problem
-            if not problem:
-                meta = read_meta(info).meta
-                facts["bytes"] = sum(entry["bytes"] for entry in meta["files"])
-                facts["world_size"] = meta["world_size"]
-        found.append(facts)
+        if (step := step_of(name)) is not None:
+            facts = _facts_of(CheckpointInfo(step, root / name, {}), verify_all, not found)
+            found += [facts] if facts else []
     return found
 
 
-def _size_of(info: CheckpointInfo) -> int:
+def _facts_of(info: CheckpointInfo, verify_all: bool, is_newest: bool) -> dict[str, Any] | None:
+    """What is found of one; None where it has gone meanwhile: a run prunes while it trains."""
+    facts: dict[str, Any] = {"step": info.step, "state": "uncommitted", "checked": None}
+    if not info.folder.exists(MARKER):
+        return facts if info.folder.exists() else None
+    with contextlib.suppress(ValueError, OSError):  # to be told by `verify`
+        info = read_meta(info)
+    num_bytes = sum(entry["bytes"] for entry in info.meta.get("files", ()))
+    contents = verify_all or (is_newest and num_bytes <= _QUICK_BYTES)
+    facts["checked"] = "checksums" if contents else "sizes"
     try:
-        return sum(entry["bytes"] for entry in read_meta(info).meta["files"])
-    except (ValueError, OSError):
-        return 0
+        problem = verify(info, contents=contents)
+        facts["state"] = "damaged" if problem else "committed"
+    except OSError as error:
+        problem, facts["state"] = one_line(error), "unreadable"
+    if problem:
+        with contextlib.suppress(OSError):
+            if not info.folder.exists(MARKER):
+                return None
+        return {**facts, "problem": problem}
+    return {**facts, "problem": None, "bytes": num_bytes, "world_size": info.meta["world_size"]}
 
 
 def print_checkpoints(facts: list[dict[str, Any]]) -> None:

@@ -233,6 +233,8 @@ def test_a_missing_file_names_the_nearest_shipped_config() -> None:
     (line,) = refusal(path="paper-270")
     assert line.startswith('--config = "paper-270": no such file')
     assert "did you mean paper-270m?" in line
+    (line,) = refusal(path="~nosuch/mine.yaml")  # the home of nobody
+    assert line.startswith('--config = "~nosuch/mine.yaml": no such file')
 
 
 # ---- refusals ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from pipelines.storage import absolute
+from tst_ray.cli import main
 from tst_ray.errors import RunError
 from tst_ray.storage import Storage, patiently
 
@@ -40,6 +41,13 @@ def test_a_slash_at_the_end_of_an_address_is_not_part_of_it(url: str, spelt: str
         storage = Storage(url)
         assert storage.url == spelt and storage.location("a") == f"{spelt}/a"
         assert (storage / "a").url == f"{spelt}/a"
+
+
+def test_the_home_of_nobody_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match=r"^~nosuch/x: cannot be opened \(nobody has the home"):
+        Storage("~nosuch/x")
+    assert main(["run", "--run.storage=~nosuch/x", "--cluster.backend=inline"]) == 1
+    assert capsys.readouterr().err.startswith("tst-ray: ~nosuch/x: cannot be opened")
 
 
 def test_write_replaces_and_append_adds(storage: Storage) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -201,7 +202,7 @@ def _read_yaml(text: str, where: str) -> Any:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # pathlib's raises where nobody has that home
     if not file.is_file():
         file = SHIPPED / f"{path}.yaml"
     if not file.is_file():

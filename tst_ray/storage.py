@@ -53,11 +53,12 @@ class Storage:
         url: a local path or any fsspec URL.
 
     Raises:
-        RunError: the URL's filesystem is unknown, or its package is not installed.
+        RunError: the URL's filesystem is unknown, or its package is not installed; or a path
+            begins with the home of nobody.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = absolute(url) if "://" in url else str(Path(url).expanduser().absolute())
+        self.url = absolute(url) if "://" in url else _local(url)
         self.is_local = "://" not in url or url.startswith("file://")
         try:
             self._fs, self.path = fsspec.core.url_to_fs(self.url)
@@ -352,6 +353,17 @@ def pauses(patience_s: float) -> Iterator[float]:
     while (left_s := deadline - time.monotonic()) > 0:
         yield min(pause_s, left_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _local(path: str) -> str:
+    """A local path in full."""
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise RunError(
+            f"{path}: cannot be opened (nobody has the home {Path(path).parts[0]} here); give the "
+            "full path"
+        ) from error
 
 
 def _not_in(log: str, beside: list[tuple[str, str]]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -64,12 +66,27 @@ def test_lines_of_an_attempt_that_was_overtaken_do_not_stand(run: Storage) -> No
     told = [(1, 1), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (5, 2)]
     text = [json.dumps(record(step, 1.0, attempt=attempt)) + "\n" for step, attempt in told]
     run.write(METRICS, "".join(text))
-    kept = one_line_a_step(run)
+    last = one_line_a_step(run)
+    kept = run.read_lines(METRICS)
     assert [(r["step"], r["attempt"]) for r in kept] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
-    assert run.read_lines(METRICS) == kept
-    before = run.read(METRICS)
-    one_line_a_step(run)
-    assert run.read(METRICS) == before
+    assert last == one_line_a_step(run) == {0: kept[-1]}
+
+
+def test_a_long_file_is_looked_through_in_pieces_and_left_as_it_is(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of months has gigabytes of it, and its driver little memory."""
+    monkeypatch.setattr("tst_ray.storage._PIECE_BYTES", 10_000)
+    phases = [0] * 3000 + [1] * 2000
+    told = [record(n + 1, 1.0, attempt=1, phase=phase) for n, phase in enumerate(phases)]
+    run.write(METRICS, "".join(json.dumps(line) + "\n" for line in told) + '{"step": 5001, "pha')
+    monkeypatch.setattr(Storage, "write", Mock(side_effect=AssertionError("written")))
+    tracemalloc.start()
+    last = one_line_a_step(run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert last == {0: told[2999], 1: told[4999]}
+    assert peak < 200_000 < run.size(METRICS)
 
 
 @pytest.mark.parametrize("back_to", [0, 1, 2, 4999, 5000])
@@ -116,7 +133,14 @@ def test_a_damaged_line_keeps_no_run_from_going_on(run: Storage) -> None:
     lines[4] = lines[4].replace(b'"step"', b'"sdep"')
     lines[6] = lines[6].replace(b'"step"', b'"sdep"')
     run.write(METRICS, b"".join(lines))
-    assert [r["step"] for r in one_line_a_step(run)] == [1, 2, 6, 8]
+    assert one_line_a_step(run)[0]["step"] == 8
+    run.append(METRICS, json.dumps(record(2, 2.0, attempt=2)) + "\n")
+    one_line_a_step(run)
+    kept = [1, 2, 6, 8]
+    assert [(r["step"], r["loss"]) for r in run.read_lines(METRICS)] == [
+        (step, 2.0 if step == 2 else 1.0) for step in kept
+    ]
+    run.write(METRICS, b"".join(lines))
     assert [r["step"] for r in recent_records(run, 2)] == [6, 8]
     assert [r["step"] for r in drop_after(run, 6)] == [8]
     assert run.read(METRICS) == b"".join(lines[:6])

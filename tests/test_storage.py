@@ -103,6 +103,18 @@ def test_a_damaged_byte_is_of_its_own_line_alone(storage: Storage) -> None:
     assert len(storage.read_lines("m.jsonl", ["a"])) == 4
 
 
+@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
+def test_lines_are_whole_wherever_the_pieces_end(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr("tst_ray.storage._PIECE_BYTES", piece)
+    assert list(storage.lines("m.jsonl")) == []
+    for end in ("", "torn"):
+        storage.write("m.jsonl", f"one\n\nthree\n{end}")
+        whole = [b"one\n", b"\n", b"three\n"]
+        assert list(storage.lines("m.jsonl")) == whole + [end.encode()] * bool(end)
+
+
 def test_remove_takes_a_file_or_the_folder(storage: Storage) -> None:
     storage.write("a", b"1")
     (storage / "sub").write("b", b"2")

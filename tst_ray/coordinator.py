@@ -341,7 +341,7 @@ class Coordinator:
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
 
     def _finish(self, run: Storage, samples: list[str]) -> Outcome:
-        records = {record["phase"]: record for record in one_line_a_step(run)}
+        records = one_line_a_step(run)
         step = self.plan.total_steps
         last = next((record for record in records.values() if record["step"] == step), {})
         # a step that was passed over has no loss, and no text may have been held out

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tst_ray.curves import Curves
@@ -171,22 +171,38 @@ def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
     return dropped
 
 
-def one_line_a_step(run: Storage) -> list[dict[str, Any]]:
-    """All records, each step once; the file is mended where it is not so.
+def one_line_a_step(run: Storage) -> dict[int, dict[str, Any]]:
+    """The last record of each phase, by its index; the file is mended where a step has two lines.
 
     Workers on a node that only the network has lost may write a line more before they notice that
-    another attempt has begun: the last attempt's stands.
+    another attempt has begun: the last attempt's stands. A long run has a long file: where nothing
+    is to be mended, a few lines are held at a time.
     """
-    records = run.read_lines(METRICS, ("step", "phase", "attempt"))
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in records:
-        held = by_step.get(record["step"])
-        if held is None or record["attempt"] >= held["attempt"]:
-            by_step[record["step"]] = record
-    kept = [by_step[step] for step in sorted(by_step)]
-    if kept != records:
-        run.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept
+    last: dict[int, dict[str, Any]] = {}
+    step = 0
+    for _, record in _told(run):
+        if record["step"] <= step:
+            _mend(run)
+            return one_line_a_step(run)
+        step, last[record["phase"]] = record["step"], record
+    return last
+
+
+def _mend(run: Storage) -> None:
+    """Keep of each step the line of the last attempt, in the order of steps."""
+    kept: dict[int, tuple[int, bytes]] = {}
+    for line, record in _told(run):
+        step, attempt = record["step"], record["attempt"]
+        if step not in kept or attempt >= kept[step][0]:
+            kept[step] = attempt, line
+    run.write(METRICS, b"".join(kept[step][1].rstrip() + b"\n" for step in sorted(kept)))
+
+
+def _told(run: Storage) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of metrics.jsonl and their records."""
+    for line in run.lines(METRICS):
+        if record := parse_record(line, "step", "phase", "attempt"):
+            yield line, record
 
 
 def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:

@@ -263,7 +263,7 @@ def status_facts(run: Storage) -> dict[str, Any]:
         "wall_s": round(account.wall_s, 3),
         "time_s": {part: round(seconds, 3) for part, seconds in account.parts.items()},
         "last_record": records[-1] if records else None,
-        "last_events": run.read_lines(EVENTS, EVENT_FIELDS)[-5:],
+        "last_events": run.tail_records(EVENTS, 1 << 20, EVENT_FIELDS)[-5:],
     }
 
 

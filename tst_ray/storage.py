@@ -43,6 +43,8 @@ _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionEr
 _FIRST_PAUSE_S = 0.5  # of those who wait for storage; each next one is twice as long …
 _LONGEST_PAUSE_S = 15.0  # … up to this
 
+_PIECE_BYTES = 4 << 20  # read at a time, of what may be long
+
 _APPEND_LOCK = threading.Lock()  # the loop and the checkpoint thread both add events
 
 
@@ -249,6 +251,22 @@ class Storage:
         _, lines = self.tail_lines(name, num_bytes)
         text = "".join(_decoded(line) for line in lines if line.endswith(b"\n"))
         return _records("".join([text, *_not_in(text, beside)]), having)
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        """All lines of a file with their ends, of which a few are held at a time; none where it is
+        missing."""
+        try:
+            size = self.size(name)
+        except FileNotFoundError:
+            return
+        torn = b""
+        for start in range(0, size, _PIECE_BYTES):
+            data = torn + self._part(name, start, min(start + _PIECE_BYTES, size))
+            lines = data.splitlines(keepends=True)
+            torn = b"" if data.endswith(b"\n") else lines.pop()
+            yield from lines
+        if torn:
+            yield torn
 
     def tail_lines(self, name: str, num_bytes: int) -> tuple[int, list[bytes]]:
         """The lines that start within the last bytes of a file, and where the first of them does.

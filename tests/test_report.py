@@ -17,8 +17,20 @@ from tst_ray import checkpoint, report
 from tst_ray.checkpoint import CheckpointInfo, remove
 from tst_ray.cli import main
 from tst_ray.config import load_config
+from tst_ray.coordinator import Outcome
+from tst_ray.display import Terminal
+from tst_ray.goodput import Account
 from tst_ray.journal import read_state
-from tst_ray.report import checkpoint_facts, plan_facts, status_facts
+from tst_ray.plan import build_plan
+from tst_ray.report import (
+    checkpoint_facts,
+    plan_facts,
+    print_checkpoints,
+    print_plan,
+    print_status,
+    print_summary,
+    status_facts,
+)
 from tst_ray.storage import Storage
 
 # preset: parameters and active ones in billions, data tokens of phase one and of the run, as the
@@ -182,3 +194,26 @@ def test_a_checkpoint_that_is_pruned_while_it_is_looked_at_is_no_damage(
     assert found == (there if when == "after" else there[:2])
     assert read == [8, 6, 3], "more than once"
     assert status_facts(run)["newest_checkpoint"] == 8
+
+
+def test_what_rich_takes_for_markup_is_shown_as_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Folders and sources are named by people."""
+    config = load_config(None, ["--train.steps=100"])
+    run, name = Storage(str(tmp_path / "[old] :smile:")), "[old] :smile:"
+    outcome = Outcome(run, build_plan(config), {}, None, f"{run.url}/model", (), None, Account(0.0))
+    terminal = Terminal()
+    terminal.say(name)
+    print_summary(outcome, terminal.console)
+    assert capfd.readouterr().out.count(name) == 4
+    facts = plan_facts(config)
+    for phase in facts["phases"]:
+        phase |= {"epochs_after": {name: 0.5}, "tail_tokens": {name: 5}}
+    print_plan({**facts, "corpus": {"mixture": {name: 0.5, "other": 0.5}}})
+    assert capfd.readouterr().out.count(name) == 3
+    print_checkpoints([{"step": 3, "state": "damaged", "checked": "sizes", "problem": name}])
+    assert name in capfd.readouterr().out
+    run.write_json("run.json", {"status": "finished", "step": 3, "updated": 0.0})
+    print_status(status_facts(run))
+    assert name in capfd.readouterr().out

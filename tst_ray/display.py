@@ -28,6 +28,11 @@ _TAIL_BYTES = 64 << 10
 _FIELDS = ("step", "phase", "loss", "lr", "tokens_per_s", "world_size", "step_time_s")
 
 
+def plain_console(**options: Any) -> Console:
+    """A console that shows text as it is: a path may have what rich takes for markup."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+
 class _Out(io.TextIOWrapper):
     """Standard output, which a run can do without: a terminal may go, a pipe's reader end, a disk
     fill up. What it does not take is not shown."""
@@ -49,16 +54,11 @@ class Terminal:
         _flush()
         # errors: not every locale has our dashes
         out = _Out(os.fdopen(os.dup(1), "wb"), errors="replace", line_buffering=True)
-        self.console = Console(
-            file=out,
-            highlight=False,
-            soft_wrap=True,
-            force_terminal=os.isatty(1) or None,
-        )
+        self.console = plain_console(file=out, force_terminal=os.isatty(1) or None)
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     @contextlib.contextmanager
     def quiet(self, log_path: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture
 from tst_ray.curves import TENSORBOARD
-from tst_ray.display import describe_phase, duration, short_number, show_loss
+from tst_ray.display import describe_phase, duration, plain_console, short_number, show_loss
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
 from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS
@@ -186,7 +186,7 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
 
 def wide_console() -> Console:
     """Standard output, wide enough for a table whatever it is piped into."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     console.width = max(console.width, _TABLE_WIDTH)
     return console
 
@@ -276,8 +276,7 @@ def _state_of(run: Storage) -> dict[str, Any]:
 
 def print_status(facts: dict[str, Any]) -> None:
     """The status as text."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    say = console.print
+    say = plain_console().print
     say(f"{facts['run']}: {facts['status']}")
     if "step" in facts and "total_steps" in facts:
         say(
@@ -404,9 +403,9 @@ def print_summary(outcome: Outcome, console: Console) -> None:
         say("the model writes:")
         for sample in outcome.samples:
             for line in [line for line in sample.splitlines() if line.strip()][:2]:
-                say(f"    {line}", markup=False)
+                say(f"    {line}")
     for line in account_lines(outcome.account.parts):
-        say(line, markup=False)
+        say(line)
     run = outcome.run
     say(f"run directory:  {run.url}")
     say(f"curves:         tensorboard --logdir {run.url}/{TENSORBOARD}")

@@ -39,10 +39,11 @@ def run_bench(name: str) -> dict[str, Any]:
 
 def print_bench(facts: dict[str, Any]) -> None:
     """The figures as a table, and what they were measured on."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from tst_ray.display import plain_console
+
+    console = plain_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(facts["bench"])
     table.add_column("measured", justify="right")

@@ -19,7 +19,8 @@ from typing import Any
 
 from cluster.damage import Ballast, damage, free_bytes, newest_checkpoint
 from cluster.faults import Fault, pick
-from cluster.targets import Driver, Impossible, NotNow, Target, TrainWorker, one_line
+from cluster.targets import Driver, Impossible, NotNow, Target, TrainWorker
+from tst_ray.errors import last_line
 from tst_ray.metrics import EVENTS, METRICS
 from tst_ray.runstore import LOCK
 from tst_ray.storage import Storage
@@ -153,7 +154,7 @@ class Injector:
         except Impossible as reason:
             record |= {"victim": None, "outcome": "skipped", "reason": str(reason)}
         except Exception as error:  # one fault that cannot be done must not stop the others
-            record |= {"outcome": "failed", "reason": one_line(error)}
+            record |= {"outcome": "failed", "reason": last_line(error)}
         self.pending.remove(fault)
         record["time"] = round(time.time(), 3)
         self.done.append(record)

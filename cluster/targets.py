@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster import processes
 from cluster.local import LocalCluster, give_notice
-from tst_ray.errors import RunError
+from tst_ray.errors import RunError, last_line
 
 _TRAIN_WORKER = "RayTrainWorker"
 _HEAD = "node:__internal_head__"  # the resource by which Ray tells the head from other nodes
@@ -283,7 +283,7 @@ class RayTarget(Target):
         try:
             ray.get(self._pinned(node_id, function).remote(*arguments), timeout=_TASK_TIMEOUT_S)
         except (ProcessLookupError, ray.exceptions.RayError) as error:
-            raise NotNow(one_line(error)) from error
+            raise NotNow(last_line(error)) from error
 
     def _end_node(self, node_id: str, at: float) -> None:
         """Let a node end at a time; returns when the task that will do it runs there."""
@@ -299,7 +299,7 @@ class RayTarget(Target):
         except (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
             pass  # it did it before the word that it runs was here
         except ray.exceptions.RayError as error:
-            raise NotNow(one_line(error)) from error
+            raise NotNow(last_line(error)) from error
 
     def _pinned(self, node_id: str, function: Callable[..., Any]) -> Any:
         """A function as a task that takes no CPU and runs on one node or nowhere."""
@@ -322,7 +322,7 @@ class RayTarget(Target):
         try:
             ray.init(self._gcs.address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
-            raise RunError(f"{self._gcs.address}: cannot join ({one_line(error)})") from error
+            raise RunError(f"{self._gcs.address}: cannot join ({last_line(error)})") from error
         self._joined = True
 
 
@@ -335,8 +335,3 @@ def _check_answers(address: str) -> None:
         raise RunError(
             f"{address}: no Ray cluster answers there; give HOST:PORT of its head"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's last line; for Ray's, that of what the task raised."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:300]

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.errors import one_line
 from tst_ray.errors import RunError
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import STORAGE_S
@@ -278,8 +279,3 @@ def remove(folder: Storage) -> None:
     """Remove a checkpoint."""
     folder.remove(MARKER)  # first: half a checkpoint must not look like one
     folder.remove()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, short enough for an event."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

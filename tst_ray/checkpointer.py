@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import one_line
 from tst_ray import sharded
 from tst_ray.checkpoint import (
     MARKER,
@@ -26,7 +27,6 @@ from tst_ray.checkpoint import (
     Ranks,
     committed,
     folder_name,
-    one_line,
     remove,
     step_of,
     verify_file,

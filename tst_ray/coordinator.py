@@ -38,9 +38,8 @@ from tst_ray.corpus import (
     prepare_corpus,
     shown_mixture,
 )
-from tst_ray.errors import ConfigError, Interrupted, RunError
+from tst_ray.errors import ConfigError, Interrupted, RunError, last_line
 from tst_ray.goodput import Account
-from tst_ray.group import one_line
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
@@ -163,7 +162,7 @@ class Coordinator:
         with contextlib.suppress(Exception):  # the error itself is what the user must see
             if trained:
                 update_state(run, status="stopped" if asked else "failed")
-                add_event(run, "stopped" if asked else "failed", error=one_line(error))
+                add_event(run, "stopped" if asked else "failed", error=last_line(error))
 
     def _begin_account(self, run: Storage) -> None:
         """Take up the run's account of time: since it was last written, nobody drove the run."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 import signal
 
 
+def last_line(error: BaseException) -> str:
+    """An exception's last line, short enough for a terminal: of Ray's, what the task raised."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
+
+
 class UserError(Exception):
     """A failure whose message is meant for the user: the setting, its value, the remedy."""
 

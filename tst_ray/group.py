@@ -21,7 +21,7 @@ from typing import Any
 from pipelines.errors import DataError, Unreadable
 from pipelines.storage import locate
 from tst_ray.config import Config
-from tst_ray.errors import RunError, UserError
+from tst_ray.errors import RunError, UserError, last_line
 from tst_ray.job import Job, Place
 from tst_ray.journal import STATE
 from tst_ray.network import talk_where_ray_does
@@ -110,9 +110,9 @@ class Group:
         if isinstance(error, ControllerError):
             failure = error.controller_failure
             no_room = isinstance(failure, WorkerGroupStartupTimeoutError)
-            return GroupFailed(one_line(failure), started=False, no_room=no_room)
+            return GroupFailed(last_line(failure), started=False, no_room=no_room)
         if not isinstance(error, TrainingFailedError):
-            return GroupFailed(one_line(error), started=False)
+            return GroupFailed(last_line(error), started=False)
         failures = {
             rank: _bare(failure)
             for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
@@ -125,7 +125,7 @@ class Group:
         ranks = {rank: getattr(failure, _NODE, None) for rank, failure in failed.items()}
         if any(isinstance(failure, (OSError, Unreadable)) for failure in failed.values()):
             ranks = {}  # storage failed, whoever else then failed too
-        return GroupFailed(_told(failed, died) or one_line(error), started=True, ranks=ranks)
+        return GroupFailed(_told(failed, died) or last_line(error), started=True, ranks=ranks)
 
 
 def _bare(failure: BaseException) -> BaseException:
@@ -147,7 +147,7 @@ def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:
     ranks = ", ".join(map(str, failed))
     if died:
         return f"the process of rank {ranks} died"
-    return f"rank {ranks}: {one_line(next(iter(failed.values())))}" if failed else ""
+    return f"rank {ranks}: {last_line(next(iter(failed.values())))}" if failed else ""
 
 
 def _fit(
@@ -267,9 +267,3 @@ def _check_seen(run: Storage) -> None:
         raise RuntimeError(
             f"node {address} does not see {run.url}; run.storage is not mounted there"
         )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's last line; for Ray's, that of what the worker raised."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1][:300]

@@ -35,6 +35,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from pipelines.errors import one_line
 from tst_ray.errors import RunError
 from tst_ray.session import living_nodes
 
@@ -212,10 +213,10 @@ class _Door:
         try:
             return ray.get(asked, timeout=timeout_s)
         except RayTaskError as error:  # it is there, and cannot: its node's memory is full
-            raise OSError(f"the vault of node {self.node_id}: {_one_line(error.cause)}") from error
+            raise OSError(f"the vault of node {self.node_id}: {one_line(error.cause)}") from error
         except RayError as error:
             _end(_handle(self.name))
-            reason = _one_line(error)
+            reason = one_line(error)
             raise OSError(f"the vault of node {self.node_id} does not answer: {reason}") from error
 
 
@@ -256,10 +257,6 @@ def _ask_all(doors: Sequence[_Door], method: str, *args: Any) -> list[Any]:
         except OSError as error:
             log.warning("%s", error)
     return answers
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # ---- the filesystem ----------------------------------------------------------------------------
@@ -393,7 +390,7 @@ def _write(path: str, content: np.ndarray) -> None:
     try:
         handed = ray.put(content)  # once for both vaults
     except RayError as error:
-        raise OSError(f"{path}: {_one_line(error)}") from error
+        raise OSError(f"{path}: {one_line(error)}") from error
     own[0].answer(own[0].ask("put", path, handed), _TRANSFER_S)
     stale = others
     if others:
@@ -417,7 +414,7 @@ def _content(path: str) -> np.ndarray:
                 try:
                     return ray.get(content, timeout=_TRANSFER_S)
                 except RayError as error:  # its node went just now; another may have it
-                    log.warning("%s: %s", path, _one_line(error))
+                    log.warning("%s: %s", path, one_line(error))
     raise _missing(path)
 
 

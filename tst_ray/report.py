@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from rich.console import Console
 from rich.table import Table
 
-from tst_ray.checkpoint import MARKER, CheckpointInfo, one_line, read_meta, step_of, verify
+from pipelines.errors import one_line
+from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, step_of, verify
 from tst_ray.config import Config
 from tst_ray.coordinator import Outcome
 from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tst_ray.checkpoint import one_line
+from pipelines.errors import one_line
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
 from tst_ray.session import (

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tst_ray.checkpoint import one_line
-from tst_ray.errors import UserError
+from pipelines.errors import one_line
+from tst_ray.errors import UserError, last_line
 from tst_ray.session import address_of, living_nodes, only_on, own_node
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import LOOK_S
@@ -184,7 +184,7 @@ def _answer(task: Any, node: str, needed: Mapping[str, str]) -> tuple[bool, str 
         path, why = next(iter(unseen.items()))
         what = f"does not see {path} ({needed[path]})" + (f": {why}" if why else "")
     except RayTaskError as error:  # the look itself cannot fail
-        what = f"cannot import this package ({str(error).strip().splitlines()[-1][:300]})"
+        what = f"cannot import this package ({last_line(error)})"
     except RayError as error:  # the node went, or its memory did
         log.warning("node %s does not say what it sees: %s", node, error)
         return False, None

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from pipelines.errors import one_line
 from pipelines.storage import absolute
 from tst_ray.errors import RunError, UserError
 from tst_ray.timeouts import STORAGE_S
@@ -65,9 +66,7 @@ class Storage:
         try:
             self._fs, self.path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise RunError(
-                f"{self.url}: cannot be opened ({str(error).splitlines()[0]})"
-            ) from error
+            raise RunError(f"{self.url}: cannot be opened ({one_line(error)})") from error
         self.path = self.path.rstrip("/")
         self._pauses_s: tuple[float, ...] = () if self.is_local else _PAUSES_S
 
@@ -312,8 +311,7 @@ class Storage:
                 if not pauses_s:
                     if isinstance(error, OSError):
                         raise
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise OSError(f"{self.url}: {reason}") from error
+                    raise OSError(f"{self.url}: {one_line(error)}") from error
             time.sleep(pauses_s.pop(0))
 
     def check_writable(self) -> None:

@@ -12,7 +12,8 @@ LIST = """
     errors settings checks config timeouts goodput plan storage corpus chunked_loss bag_kernels
     superposition model_config architecture model optim checkpoint sharded checkpointer guard
     background curves metrics watchdog journal job batches speed saving worker elastic suspects
-    network interrupts forkclient forkserver session sight runstore memory reading group room stage
+    network interrupts forkclient forkserver session sight runstore memory reading group room growth
+    stage
     display export coordinator report bench cli run
 """
 ORDER = LIST.split()

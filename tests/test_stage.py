@@ -25,7 +25,6 @@ from tst_ray.group import GroupFailed
 from tst_ray.guard import Guard
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
 from tst_ray.journal import read_state, update_state
-from tst_ray.metrics import add_event
 from tst_ray.model import build_model
 from tst_ray.room import Room, steadily
 from tst_ray.runstore import Hold, Overtaken
@@ -224,7 +223,7 @@ def test_events_of_an_object_store_are_joined_while_a_group_trains(
     stage = Supervised(tmp_path, manifest, "1")
     stage.run = Storage(f"memory://{tmp_path.name}/run")
     monkeypatch.setattr("tst_ray.stage.draining_nodes", set)
-    monkeypatch.setattr(stage, "_should_grow", lambda world_size: False)
+    monkeypatch.setattr(stage._growing, "worth", lambda *args: None)
     told = [{"event": "checkpoint", "step": step} for step in (10, 20)]
     for event in told:
         stage.run.add("events.jsonl", json.dumps(event) + "\n")
@@ -318,53 +317,6 @@ def test_growing_into_what_others_keep_becomes_rare(
     assert tries(3600.0) == 3
 
 
-def test_a_slow_step_of_other_nodes_says_nothing_of_those_that_came(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    growing = {"cluster__settle_s": 0, "cluster__growth_gain": 1, "train__steps": 10_000}
-    stage = Supervised(tmp_path, manifest, "[1, 4]", **growing)
-    nodes = {"a", "b"}
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 2)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
-    monkeypatch.setattr(Room, "nodes", lambda room: nodes)
-
-    def grows(world_size: int, attempt: int, at_work: list[str], step_s: float) -> bool:
-        update_state(stage.run, attempt=attempt, attempt_from=0, step=3, nodes=at_work)
-        for step in (1, 2, 3):
-            record = {"step": step, "attempt": attempt, "world_size": world_size}
-            line = json.dumps({**record, "step_time_s": step_s})
-            stage.run.append("metrics.jsonl", f"{line}\n")
-        return stage._should_grow(world_size)
-
-    assert not grows(2, 1, ["a", "b"], 2.0)  # b is slow
-    assert not grows(1, 2, ["a"], 1.0)
-    nodes = {"a", "c"}
-    assert grows(1, 3, ["a"], 1.0)
-
-
-def test_a_group_does_not_end_to_grow_while_it_cannot_be_saved(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Supervised(tmp_path, manifest, "[1, 4]", cluster__settle_s=0, cluster__growth_gain=0)
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 2)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, without: None)
-    monkeypatch.setattr(Room, "nodes", lambda room: set())
-    update_state(stage.run, attempt=1, attempt_from=0, step=3)
-    for step in (1, 2, 3):
-        record = {"step": step, "attempt": 1, "world_size": 1, "step_time_s": 1.0}
-        stage.run.append("metrics.jsonl", json.dumps(record) + "\n")
-
-    def grows_after(kind: str, **details: Any) -> bool:
-        add_event(stage.run, kind, **details)
-        return stage._should_grow(1)
-
-    assert grows_after("attempt")
-    assert not grows_after("checkpoint_failed", step=2)
-    assert not grows_after("grow", step=2)
-    assert grows_after("checkpoint", step=3)
-    assert grows_after("checkpoint_failed", step=3, memory=True)  # only copies are missing
-
-
 def test_a_driver_that_was_overtaken_ends_and_begins_nothing(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,13 +407,15 @@ def test_a_group_settles_from_its_first_step_on(
         record = {"step": step, "attempt": 1, "world_size": 1, "step_time_s": 1.0}
         stage.run.append("metrics.jsonl", json.dumps(record) + "\n")
     long_ago = time.monotonic() - 10_000
-    stage._resized_at = long_ago
+    stage._growing._resized_at = long_ago
     stage._supervise(1, started=long_ago)
     assert stage._asked is None
-    stage._trains_since -= 61
+    stage._growing._began_at -= 61
     stage._looked_at = long_ago
     stage._supervise(1, started=long_ago)
     assert stage._asked == GROW
+    (told,) = [e for e in stage.run.read_lines("events.jsonl") if e["event"] == "grow"]
+    assert (told["step"], told["workers"], told["before"]) == (3, 4, 1)
 
 
 def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
@@ -634,31 +588,6 @@ def test_no_node_is_left_out_where_that_is_not_wanted(
     stage.run.append("events.jsonl", json.dumps(event) + "\n")
     stage._leave_out()
     assert stage.room.without == frozenset()
-
-
-def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One request is not heard for long: others put theirs in its place."""
-    asked: list[int] = []
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, _: asked.append(most))
-    monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 1)
-    monkeypatch.setattr("tst_ray.room.nodes_for_workers", lambda config, without: [])
-
-    def look(workers: str, step: int) -> list[int]:
-        asked.clear()
-        stage = Supervised(tmp_path / f"{workers}-{step}", manifest, workers)
-        update_state(stage.run, attempt=1, attempt_from=0, step=step)
-        for number in range(step - 2, step + 1):
-            record = {"step": number, "attempt": 1, "world_size": 1, "step_time_s": 100.0}
-            stage.run.append("metrics.jsonl", json.dumps(record) + "\n")
-        for _ in range(2):
-            assert not stage._should_grow(1)
-        return asked
-
-    assert look("[1, 4]", 3) == [4, 4]
-    assert look("[1, 4]", 8) == [], "nothing is left to do"
-    assert look("1", 3) == []
 
 
 def test_a_stage_has_no_more_workers_than_its_steps_have_sequences(

@@ -33,19 +33,19 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.errors import DataError, one_line
 from tst_ray.checkpoint import newest_step
 from tst_ray.config import Config
-from tst_ray.elastic import Growth, growth_pays
+from tst_ray.elastic import Growth
 from tst_ray.errors import Interrupted, RunError, UserError
 from tst_ray.group import Group, GroupFailed
+from tst_ray.growth import Growing
 from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
-from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS, try_event
+from tst_ray.metrics import EVENT_FIELDS, EVENTS, try_event
 from tst_ray.plan import Phase, Plan
 from tst_ray.room import Room, steadily
 from tst_ray.runstore import Hold
@@ -61,19 +61,7 @@ log = logging.getLogger(__name__)
 _SUPERVISE_S = 0.5
 _LOOK_FOR_NODES_S = 5.0
 _FOLD_EVERY_S = 600.0  # an object store holds an object for each event, and a reader reads them all
-_UNMEASURED_RESTART_S = 20.0
-_TAIL_BYTES = 64 << 10
 _EVENTS_BYTES = 1 << 20  # of some days
-_FIELDS = ("step", "attempt", "world_size", "step_time_s")
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Seconds that a step took, in which phase, and on which nodes."""
-
-    step_s: float
-    phase: int
-    nodes: set[str]
 
 
 class Stage:
@@ -107,21 +95,17 @@ class Stage:
         self._held = held or Hold()
         self.failures = 0
         self._attempts = self._before = 0
-        self._trains = False  # whether the group at work has finished a step, …
-        self._trains_since = 0.0  # … and when that was seen
+        self._trains = False  # whether the group at work has finished a step
         self._interrupts = Interrupts(self._on_interrupt)
         self._asked: str | None = None  # why the group at work was asked to stop
         self._asked_at = 0.0
-        self._resized_at = time.monotonic()
         self._looked_at = 0.0
         self._folded_at = time.monotonic()
-        self._start_s = _UNMEASURED_RESTART_S  # until the first group has shown it
-        self._restart_s: float | None = None  # of a group that was asked to stop, as measured
-        self._measured: dict[int, _Measured] = {}  # by world size
         self._blind: set[str] = set()  # the nodes that were said not to see all
         # more workers than a step has sequences would have fillers alone
         most = min(phases[0].max_workers, *(phase.num_sequences for phase in phases))
         self.room = Room(config, phases[0].min_workers, most, sight or Sight())
+        self._growing = Growing(job, self.room)
         self._trouble = ""  # what the supervisor met last
 
     def train(self) -> None:
@@ -173,7 +157,7 @@ class Stage:
                 self._note_trouble(error)
         self._held.check()
         if self._asked:
-            self._restart_s = time.monotonic() - self._asked_at + self._start_s
+            self._growing.stopped(self._asked_at)
         try:
             ended: Ended = group.outcome()
         except GroupFailed as failure:
@@ -253,7 +237,7 @@ class Stage:
             step=now.get("step", 0),
             in_a_row=self.failures,
             node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
-            costs_s=round(self._start_s, 1),
+            costs_s=round(self._growing.start_s, 1),
         )
         charge(self.run, "restart")
         if self._interrupts.by is not None:
@@ -322,7 +306,7 @@ class Stage:
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)
-            self._resized_at = time.monotonic()
+            self._growing.resized()
         steadily(self._place_vaults)
         return room
 
@@ -380,8 +364,8 @@ class Stage:
     def _supervise(self, world_size: int, started: float) -> None:
         """One look at a group at work, and a request to stop where there is reason."""
         if not self._trains and self._steps_of_group():
-            self._trains, self._trains_since = True, time.monotonic()
-            self._start_s = self._trains_since - started
+            self._trains = True
+            self._growing.begun(started)
         if time.monotonic() - self._folded_at > _FOLD_EVERY_S:
             self._folded_at = time.monotonic()
             self.run.fold(EVENTS)
@@ -402,7 +386,8 @@ class Stage:
             self.room.sight.look()
             self._tell_of_the_blind()
             self._place_vaults()
-            if self._should_grow(world_size):
+            if growth := self._growing.worth(world_size, self._nodes_at_work()):
+                self._tell_of_growth(growth)
                 self._ask(GROW)
 
     def _steps_of_group(self) -> int:
@@ -420,62 +405,17 @@ class Stage:
         request_stop(self.run, reason)
         self._asked, self._asked_at = reason, time.monotonic()
 
-    def _should_grow(self, world_size: int) -> bool:
-        """Whether more workers would fit, and stopping for them pays; where more would pay that
-        do not fit yet, an autoscaler is asked for them."""
-        records = self._records_now(world_size) if world_size < self.room.most else []
-        if len(records) < 3:
-            return False
-        room = self.room.possible(world_size)
-        step_s = sorted(record["step_time_s"] for record in records)[len(records) // 2]
-        step = records[-1]["step"]
-        phase, nodes = self.plan.phase_at(step - 1), self.room.nodes()
-        self._measured[world_size] = _Measured(step_s, phase.index, self._nodes_at_work())
-        growth = Growth(
-            world_size=world_size,
-            possible=room,
-            num_sequences=phase.num_sequences,
-            step_s=step_s,
-            measured={
-                size: seen.step_s
-                for size, seen in self._measured.items()
-                if seen.phase == phase.index and seen.nodes <= nodes  # a slow one may be gone
-            },
-            steps_left=self.job.last_step - step,
-            restart_s=self._restart_s or self._start_s,
-            since_resize_s=time.monotonic() - max(self._resized_at, self._trains_since),
+    def _tell_of_growth(self, growth: Growth) -> None:
+        try_event(
+            self.run,
+            "grow",
+            step=self.job.last_step - growth.steps_left,
+            workers=growth.possible,
+            before=growth.world_size,
+            saves_s=round(growth.saved_s, 1),
+            costs_s=round(growth.restart_s, 1),
         )
-        cluster = self.config.cluster
-        if growth_pays(replace(growth, possible=self.room.most), gain=cluster.growth_gain):
-            self.room.ask()
-        pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
-        if pays and self._saves_fail():
-            return False  # a healthy group does not end while nothing could be saved of it
-        if pays:
-            try_event(
-                self.run,
-                "grow",
-                step=step,
-                workers=room,
-                before=world_size,
-                saves_s=round(growth.saved_s, 1),
-                costs_s=round(growth.restart_s, 1),
-            )
-            self.say(
-                f"{room} workers fit now, {world_size} train: growing saves about "
-                f"{growth.saved_s:.0f} s and costs {growth.restart_s:.0f} s"
-            )
-        return pays
-
-    def _saves_fail(self) -> bool:
-        """Whether storage did not take the last checkpoint that was tried."""
-        events = self.run.tail_records(EVENTS, _TAIL_BYTES, EVENT_FIELDS)
-        kinds = [event["event"] for event in events if not event.get("memory")]
-        tries = [kind for kind in kinds if kind in ("checkpoint", "checkpoint_failed")]
-        return tries[-1:] == ["checkpoint_failed"]
-
-    def _records_now(self, world_size: int) -> list[dict[str, Any]]:
-        """The newest lines of metrics.jsonl that this group wrote."""
-        records = self.run.tail_records(METRICS, _TAIL_BYTES, _FIELDS)
-        attempt = read_state(self.run).get("attempt")
-        return [r for r in records if r["attempt"] == attempt and r["world_size"] == world_size]
+        self.say(
+            f"{growth.possible} workers fit now, {growth.world_size} train: growing saves about "
+            f"{growth.saved_s:.0f} s and costs {growth.restart_s:.0f} s"
+        )

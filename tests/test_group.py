@@ -147,7 +147,7 @@ def test_what_another_attempt_may_not_meet_does_not_end_the_run(
     from ray.train import TrainingFailedError
 
     group = Group.__new__(Group)
-    group._run = Storage(str(tmp_path))
+    group._run_url = str(tmp_path)
     error = TrainingFailedError("a worker failed")
     error.worker_failures = {1: failure}
     group._error = error
@@ -164,7 +164,7 @@ def test_a_group_that_did_not_start_says_whether_there_was_room(
 
     cause = WorkerGroupStartupTimeoutError(2) if no_room else RuntimeError("a node was lost")
     group = Group.__new__(Group)
-    group._run = Storage(str(tmp_path))
+    group._run_url = str(tmp_path)
     group._error = ControllerError(cause)
     with pytest.raises(GroupFailed) as caught:
         group.outcome()
@@ -185,7 +185,7 @@ def test_a_failure_names_the_ranks_and_what_their_node_may_have_done(tmp_path: P
 
     def ranks(**failures: Exception) -> dict[int, str | None]:
         group = Group.__new__(Group)
-        group._run = Storage(str(tmp_path))
+        group._run_url = str(tmp_path)
         error = TrainingFailedError("a worker failed")
         error.worker_failures = {int(name[1:]): failure for name, failure in failures.items()}
         group._error = error

@@ -23,7 +23,7 @@ from tst_ray.elastic import Node
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
 from tst_ray.guard import Guard
-from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended
+from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended, Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.model import build_model
 from tst_ray.room import Room, steadily
@@ -46,8 +46,7 @@ class Scripted(Stage):
         job = make_job(config, manifest)
         self.said: list[str] = []
         self.script = script
-        phases = job.plan.phases
-        super().__init__(Storage(job.run_url), config, job.plan, phases, job, self.said.append)
+        super().__init__(job, job.plan.phases, self.said.append)
         update_state(self.run, status="starting")
         self.on_attempt: Callable[[], None] = lambda: None
 
@@ -186,9 +185,7 @@ class Supervised(Stage):
             cluster__workers=workers,
         )
         job = make_job(config, manifest)
-        super().__init__(
-            Storage(job.run_url), config, job.plan, job.plan.phases, job, lambda text: None
-        )
+        super().__init__(job, job.plan.phases, lambda text: None)
         update_state(self.run, status="starting")
 
 
@@ -244,9 +241,7 @@ def test_workers_for_whom_there_was_no_room_are_not_tried_again_at_once(
     tried: list[int] = []
 
     class Group:
-        def __init__(
-            self, run: Storage, job: Any, world_size: int, without: Any, readers: Any
-        ) -> None:
+        def __init__(self, job: Job, world_size: int, without: Any, readers: Any) -> None:
             tried.append(world_size)
 
         def wait(self, seconds: float) -> bool:
@@ -468,12 +463,11 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
     groups: list[list[str]] = []
 
     class Group:
-        def __init__(
-            self, run: Storage, job: Any, world_size: int, without: Any, readers: Any
-        ) -> None:
+        def __init__(self, job: Job, world_size: int, without: Any, readers: Any) -> None:
             self.nodes = [name for name in ("bad", "good", "other") if name not in without]
             self.nodes = self.nodes[:world_size]
             groups.append(self.nodes)
+            run = Storage(job.run_url)
             attempt = read_state(run).get("attempt", 0) + 1
             update_state(run, attempt=attempt, attempt_from=attempt, nodes=self.nodes)
 
@@ -679,7 +673,7 @@ def test_without_ray_a_model_is_gone_before_the_next_is_built(
     monkeypatch.setattr("tst_ray.worker.build_model", build)
     monkeypatch.setattr(Guard, "observe", mistrust)
     job = make_job(make_config(tmp_path, manifest, fault__max_skipped=1), manifest)
-    stage = Stage(Storage(job.run_url), job.config, job.plan, job.plan.phases, job, print)
+    stage = Stage(job, job.plan.phases, print)
     gc.disable()  # it might happen to run in between
     try:
         stage.train()

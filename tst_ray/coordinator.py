@@ -320,17 +320,7 @@ class Coordinator:
         self._announce(phases, step)
         memory_url = self.vaults.url if self.vaults else None
         job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url)
-        stage = Stage(
-            run,
-            self.config,
-            self.plan,
-            phases,
-            job,
-            self.say,
-            vaults=self.vaults,
-            sight=self.sight,
-            held=self._held,
-        )
+        stage = Stage(job, phases, self.say, vaults=self.vaults, sight=self.sight, held=self._held)
         with watch(run, self.plan, self.terminal):
             stage.train()
 

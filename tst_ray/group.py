@@ -22,7 +22,7 @@ from pipelines.errors import DataError, Unreadable
 from pipelines.storage import locate
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError, last_line
-from tst_ray.job import Job, Place
+from tst_ray.job import Ended, Job, Place
 from tst_ray.journal import STATE
 from tst_ray.network import talk_where_ray_does
 from tst_ray.reading import Reading, datasets, phase_data
@@ -57,8 +57,7 @@ class Group:
     """A worker group, at work in the background from the moment it is made.
 
     Args:
-        run: the run directory.
-        job: what each worker is told (`worker.Job`).
+        job: what each worker is told.
         world_size: how many workers.
         without: the nodes to leave out.
         readers: the label selector of nodes that may read the shards.
@@ -66,14 +65,13 @@ class Group:
 
     def __init__(
         self,
-        run: Storage,
         job: Job,
         world_size: int,
         without: Collection[str] = (),
         readers: Mapping[str, str] | None = None,
     ) -> None:
-        self._start = partial(_fit, run, job, world_size, without, dict(readers or {}))
-        self._run = run
+        self._start = partial(_fit, job, world_size, without, dict(readers or {}))
+        self._run_url = job.run_url
         self._result: Any = None
         self._error: BaseException | None = None
         # A thread: the main one must stay free for signals, and Ray Train's own handler, which
@@ -86,16 +84,17 @@ class Group:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def outcome(self) -> Any:
-        """How it ended (`worker.Ended`); call once it has.
+    def outcome(self) -> Ended:
+        """How it ended; call once it has.
 
         Raises:
             GroupFailed: a worker died or failed in a way that another attempt may not meet.
             RunError: in a way that it would only meet again.
         """
-        if self._error is None:
-            return self._result
-        raise self._explained(self._error) from self._error
+        if self._error is not None:
+            raise self._explained(self._error) from self._error
+        ended: Ended = self._result
+        return ended
 
     def _fit(self) -> None:
         try:
@@ -119,7 +118,7 @@ class Group:
         }
         for failure in failures.values():
             if isinstance(failure, (UserError, DataError)) and not isinstance(failure, Unreadable):
-                return RunError(f"{self._run.url}: {failure}")
+                return RunError(f"{self._run_url}: {failure}")
         died = {rank: error for rank, error in failures.items() if _is_death(error)}
         failed = died or failures  # others follow suit
         ranks = {rank: getattr(failure, _NODE, None) for rank, failure in failed.items()}
@@ -150,9 +149,7 @@ def _told(failed: Mapping[int, BaseException], died: Collection[int]) -> str:
     return f"rank {ranks}: {last_line(next(iter(failed.values())))}" if failed else ""
 
 
-def _fit(
-    run: Storage, job: Job, world_size: int, without: Collection[str], readers: dict[str, str]
-) -> Any:
+def _fit(job: Job, world_size: int, without: Collection[str], readers: dict[str, str]) -> Any:
     """Run `train_worker` on every worker of a new group, to its end.
 
     See https://docs.ray.io/en/latest/train/api/doc/ray.train.torch.TorchTrainer.html.
@@ -188,14 +185,14 @@ def _fit(
         run_config=ray.train.RunConfig(
             # Ray Train would take a known name for a run of its own to restore.
             name=f"group-{uuid.uuid4().hex[:8]}",
-            **_ray_storage(run),
+            **_ray_storage(Storage(job.run_url)),
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
         torch_config=_torch_config("nccl" if gpus else "gloo"),
         datasets=datasets(job),
-        dataset_config=phase_data(run.url, config.cluster.cpus_per_worker, readers),
+        dataset_config=phase_data(job.run_url, config.cluster.cpus_per_worker, readers),
     )
     return trainer.fit().return_value
 
@@ -225,7 +222,7 @@ def _ray_storage(run: Storage) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
-def train_worker(loop_config: dict[str, Any]) -> Any:
+def train_worker(loop_config: dict[str, Any]) -> Ended:
     """What each Ray Train worker runs: `worker.train`, fed by Ray Data."""
     import ray
     import ray.train

@@ -37,7 +37,6 @@ from typing import Any
 
 from pipelines.errors import DataError, one_line
 from tst_ray.checkpoint import newest_step
-from tst_ray.config import Config
 from tst_ray.elastic import Growth
 from tst_ray.errors import Interrupted, RunError, UserError
 from tst_ray.group import Group, GroupFailed
@@ -46,7 +45,7 @@ from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
 from tst_ray.metrics import EVENT_FIELDS, EVENTS, try_event
-from tst_ray.plan import Phase, Plan
+from tst_ray.plan import Phase
 from tst_ray.room import Room, steadily
 from tst_ray.runstore import Hold
 from tst_ray.session import ASK_AGAIN_S, draining_nodes, own_node
@@ -68,10 +67,8 @@ class Stage:
     """Trains one stage.
 
     Args:
-        run: the run directory.
-        config, plan: the run's.
+        job: what workers are told; of the run, all that the stage needs.
         phases: those of the stage; all have the same allowed world sizes.
-        job: what workers are told.
         say: tells the user a line.
         vaults: the memory of the cluster (`memory.Vaults`); None for none.
         sight: which nodes see what the run needs; None where all do.
@@ -80,18 +77,15 @@ class Stage:
 
     def __init__(
         self,
-        run: Storage,
-        config: Config,
-        plan: Plan,
-        phases: tuple[Phase, ...],
         job: Job,
+        phases: tuple[Phase, ...],
         say: Say,
         vaults: Any = None,
         sight: Sight | None = None,
         held: Hold | None = None,
     ) -> None:
-        self.run, self.config, self.plan, self.phases = run, config, plan, phases
-        self.job, self.say, self._vaults = job, say, vaults
+        self.job, self.phases, self.say, self._vaults = job, phases, say, vaults
+        self.run, self.config = Storage(job.run_url), job.config
         self._held = held or Hold()
         self.failures = 0
         self._attempts = self._before = 0
@@ -104,7 +98,7 @@ class Stage:
         self._blind: set[str] = set()  # the nodes that were said not to see all
         # more workers than a step has sequences would have fillers alone
         most = min(phases[0].max_workers, *(phase.num_sequences for phase in phases))
-        self.room = Room(config, phases[0].min_workers, most, sight or Sight())
+        self.room = Room(self.config, phases[0].min_workers, most, sight or Sight())
         self._growing = Growing(job, self.room)
         self._trouble = ""  # what the supervisor met last
 
@@ -148,7 +142,7 @@ class Stage:
         self._before = patiently(lambda: read_state(self.run)).get("attempt", 0)
         started = time.monotonic()
         readers = self.room.sight.where()
-        group = Group(self.run, self.job, world_size, self.room.without, readers)
+        group = Group(self.job, world_size, self.room.without, readers)
         while not group.wait(_SUPERVISE_S):
             self._held.check()
             try:
@@ -159,7 +153,7 @@ class Stage:
         if self._asked:
             self._growing.stopped(self._asked_at)
         try:
-            ended: Ended = group.outcome()
+            ended = group.outcome()
         except GroupFailed as failure:
             if failure.no_room:
                 self._note_no_room(world_size)
@@ -260,7 +254,7 @@ class Stage:
 
     def _heed_interrupt(self) -> None:
         """End a run that was interrupted while a group ended for another reason, or was done."""
-        if self._interrupts.by is not None and newest_step(self.run) < self.plan.total_steps:
+        if self._interrupts.by is not None and newest_step(self.run) < self.job.plan.total_steps:
             raise self._interrupted()
 
     def _interrupted(self) -> Interrupted:

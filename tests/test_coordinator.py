@@ -22,7 +22,8 @@ from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import add_event
 from tst_ray.plan import ModelShape, build_plan
-from tst_ray.report import plan_facts, print_summary, status_facts
+from tst_ray.preview import plan_facts
+from tst_ray.report import print_summary, status_facts
 from tst_ray.runstore import Hold, Overtaken, read_events, run_storage
 from tst_ray.storage import Storage
 

@@ -10,7 +10,7 @@ import pytest
 
 from tst_ray.cli import _parse
 from tst_ray.config import load_config
-from tst_ray.report import settings_table
+from tst_ray.reference import settings_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

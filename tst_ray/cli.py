@@ -165,7 +165,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from tst_ray.config import load_config
 
     config = load_config(args.config, overrides)
-    from tst_ray.report import plan_facts, print_plan
+    from tst_ray.preview import plan_facts, print_plan
 
     facts = plan_facts(config)
     if args.json:
@@ -220,7 +220,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _settings(args: argparse.Namespace, overrides: list[str]) -> None:
-    from tst_ray.report import settings_table
+    from tst_ray.reference import settings_table
 
     print(settings_table())
 

@@ -25,12 +25,20 @@ from tst_ray.storage import Storage
 _POLL_S = 0.5
 _LINE_EVERY_S = 15.0
 _TAIL_BYTES = 64 << 10
+_TABLE_WIDTH = 110
 _FIELDS = ("step", "phase", "loss", "lr", "tokens_per_s", "world_size", "step_time_s")
 
 
 def plain_console(**options: Any) -> Console:
     """A console that shows text as it is: a path may have what rich takes for markup."""
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+
+def wide_console() -> Console:
+    """Standard output, wide enough for a table whatever it is piped into."""
+    console = plain_console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    return console
 
 
 class _Out(io.TextIOWrapper):

@@ -143,7 +143,7 @@ def test_a_run_is_finished_whatever_was_done_to_its_logs(tmp_path: Path, damage:
     update_state(run, status="running", step=6, total_steps=6)
     for step in range(1, 7):
         record = {"step": step, "attempt": 1, "phase": driver.plan.phase_at(step - 1).index}
-        record |= {"world_size": 2, "loss": 2.5, "val_loss": 2.0}
+        record |= {"world_size": 2, "step_time_s": 1.0, "loss": 2.5, "val_loss": 2.0}
         run.append("metrics.jsonl", json.dumps(record) + "\n")
         add_event(run, "checkpoint", step=step)
     if damage == "byte":

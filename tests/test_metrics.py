@@ -27,8 +27,8 @@ from tst_ray.storage import Storage
 
 
 def record(step: int, loss: float, **more: Any) -> dict[str, Any]:
-    told = {"step": step, "phase": 0, "loss": loss, "lr": 1e-3, "world_size": 1, "step_time_s": 0.1}
-    return {**told, **more}
+    told = {"step": step, "phase": 0, "loss": loss, "lr": 1e-3, "world_size": 1, "attempt": 1}
+    return {**told, "step_time_s": 0.1, **more}
 
 
 def write_steps(run: Storage, start: int, stop: int, loss: float, every: int = 1) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tst_ray.curves import Curves
 from tst_ray.goodput import PARTS
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, parse_record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 EVENT_FIELDS = ("time", "event")  # of every event; a line without one was damaged
+_FIELDS = ("step", "phase", "attempt", "loss", "step_time_s")  # of every step, among others
 
 # metrics.jsonl field -> TensorBoard tag. The step axis is the optimizer step throughout.
 TAGS = {
@@ -149,16 +150,9 @@ def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
     Returns:
         the dropped records, in step order.
     """
-    num_bytes = _TAIL_BYTES
-    while True:
-        offset, lines = run.tail_lines(METRICS, num_bytes)
-        records = [(line, parse_record(line, "step", "step_time_s")) for line in lines]
-        first = next((record for _, record in records if record), None)
-        if offset == 0 or (first and first["step"] <= step):
-            break
-        num_bytes *= 4
+    offset, lines = _tail(run, lambda records: bool(records) and records[0]["step"] <= step)
     size, keep, dropped = offset, offset, []
-    for line, record in records:
+    for line, record in lines:
         size += len(line)
         if record is None:
             continue
@@ -166,9 +160,29 @@ def drop_after(run: Storage, step: int) -> list[dict[str, Any]]:
             keep = size
         else:
             dropped.append(record)
-    if lines and keep < size:
+    if keep < size:
         run.truncate(METRICS, keep)
     return dropped
+
+
+def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:
+    """The last `count` records of metrics.jsonl, or all there are."""
+    _, lines = _tail(run, lambda records: len(records) >= count)
+    return [record for _, record in lines if record][-count:]
+
+
+def _tail(
+    run: Storage, is_enough: Callable[[list[dict[str, Any]]], bool]
+) -> tuple[int, list[tuple[bytes, dict[str, Any] | None]]]:
+    """The last lines of metrics.jsonl and their records, from as far back as is enough, or all;
+    and where in the file the first begins."""
+    num_bytes = _TAIL_BYTES
+    while True:
+        offset, lines = run.tail_lines(METRICS, num_bytes)
+        parsed = [(line, parse_record(line, _FIELDS)) for line in lines]
+        if offset == 0 or is_enough([record for _, record in parsed if record]):
+            return offset, parsed
+        num_bytes *= 4
 
 
 def one_line_a_step(run: Storage) -> dict[int, dict[str, Any]]:
@@ -201,30 +215,8 @@ def _mend(run: Storage) -> None:
 def _told(run: Storage) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The lines of metrics.jsonl and their records."""
     for line in run.lines(METRICS):
-        if record := parse_record(line, "step", "phase", "attempt"):
+        if record := parse_record(line, _FIELDS):
             yield line, record
-
-
-def recent_records(run: Storage, count: int) -> list[dict[str, Any]]:
-    """The last `count` records of metrics.jsonl, or all there are."""
-    num_bytes = _TAIL_BYTES
-    while True:
-        offset, lines = run.tail_lines(METRICS, num_bytes)
-        records = [r for line in lines if (r := parse_record(line, "step", "loss"))]
-        if offset == 0 or len(records) >= count:
-            return records[-count:]
-        num_bytes *= 4
-
-
-def parse_record(line: bytes, *having: str) -> dict[str, Any] | None:
-    """The record of a line; None for a torn one (its writer was killed), and for a damaged one,
-    which lacks a field that it should have."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    whole = line.endswith(b"\n") and isinstance(record, dict) and record.keys() >= set(having)
-    return record if whole else None
 
 
 def write_hparams(

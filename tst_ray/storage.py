@@ -179,12 +179,12 @@ class Storage:
         """
         beside = self._beside(name)
         if beside:
-            if new := "".join(_not_in(self._text(name), beside)):
-                self.append(name, new)
+            if new := b"".join(_not_in(self._content(name), beside)):
+                self.append(name, new.decode(errors="replace"))
             folder = self / f"{name}.d"
             self._ask(self._fs.rm, [folder.at(part) for part, _ in beside])
 
-    def _beside(self, name: str) -> list[tuple[str, str]]:
+    def _beside(self, name: str) -> list[tuple[str, bytes]]:
         """What was added beside a log, oldest first: the files' names, and their lines."""
         if self.is_local:
             return []
@@ -192,15 +192,15 @@ class Storage:
         found = []
         for part in folder.names():
             with contextlib.suppress(FileNotFoundError):  # folded just now
-                found.append((part, _decoded(folder.read(part))))
+                found.append((part, folder.read(part)))
         return found
 
-    def _text(self, name: str) -> str:
-        """A file's text; empty where it is missing."""
+    def _content(self, name: str) -> bytes:
+        """A file's content; empty where it is missing."""
         try:
-            return _decoded(self.read(name))
+            return self.read(name)
         except FileNotFoundError:
-            return ""
+            return b""
 
     def make(self) -> None:
         """Make this folder and those above it."""
@@ -236,20 +236,18 @@ class Storage:
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def read_lines(self, name: str, having: Collection[str] = ()) -> list[dict[str, Any]]:
-        """The records of a .jsonl file. A torn line (its writer was killed) is left out, and so is
-        one that was damaged: without one of the fields that all are to have."""
+        """The records of a .jsonl file, as `parse_record` takes them."""
         beside = self._beside(name)  # first: what is folded in this moment is then in the log
-        text = self._text(name)
-        return _records("".join([text, "\n", *_not_in(text, beside)]), having)
+        content = self._content(name)
+        return _records(b"".join([content, b"\n", *_not_in(content, beside)]), having)
 
     def tail_records(
         self, name: str, num_bytes: int, having: Collection[str] = ()
     ) -> list[dict[str, Any]]:
         """Those within the last bytes of a .jsonl file; cheap however long it is."""
         beside = self._beside(name)
-        _, lines = self.tail_lines(name, num_bytes)
-        text = "".join(_decoded(line) for line in lines if line.endswith(b"\n"))
-        return _records("".join([text, *_not_in(text, beside)]), having)
+        content = b"".join(self.tail_lines(name, num_bytes)[1])
+        return _records(b"".join([content, b"\n", *_not_in(content, beside)]), having)
 
     def lines(self, name: str) -> Iterator[bytes]:
         """All lines of a file with their ends, of which a few are held at a time; none where it is
@@ -382,21 +380,20 @@ def _local(path: str) -> str:
         ) from error
 
 
-def _not_in(log: str, beside: list[tuple[str, str]]) -> list[str]:
+def _not_in(log: bytes, beside: list[tuple[str, bytes]]) -> list[bytes]:
     """Of the files beside a log, the lines of those that are not in it yet."""
     return [lines for _, lines in beside if lines not in log]
 
 
-def _decoded(content: bytes) -> str:
-    """A log's text; a damaged byte is of its own line alone."""
-    return content.decode(errors="replace")
+def _records(content: bytes, having: Collection[str]) -> list[dict[str, Any]]:
+    return [r for line in content.splitlines() if (r := parse_record(line, having))]
 
 
-def _records(text: str, having: Collection[str]) -> list[dict[str, Any]]:
-    records = []
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and record.keys() >= set(having):
-                records.append(record)
-    return records
+def parse_record(line: bytes, having: Collection[str] = ()) -> dict[str, Any] | None:
+    """The record of a line. None for a torn one (its writer was killed), and for a damaged one: no
+    JSON, or without a field that all records are to have."""
+    try:
+        record = json.loads(line.decode(errors="replace"))  # a bad byte may be in a name
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and record.keys() >= set(having) else None

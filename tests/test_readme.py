@@ -54,9 +54,9 @@ def test_our_commands_are_accepted(
     (tmp_path / "mine.yaml").write_text(mine)
     monkeypatch.chdir(tmp_path)
     words = ["run" if word == "tst_ray.run" else word.replace(", ...", "") for word in words]
-    args, overrides = _parse(words)
+    args = _parse(words)
     if args.takes_overrides:
-        load_config(args.config, overrides)
+        load_config(args.config, args.overrides)
 
 
 def test_every_setting_is_in_the_table() -> None:

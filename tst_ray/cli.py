@@ -13,12 +13,15 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import DataError
 from tst_ray.bench import BENCHES
 from tst_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from tst_ray.config import Config
 
 _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train.steps=2000"
 
@@ -26,9 +29,9 @@ _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args, overrides = _parse(arguments)
+    args = _parse(arguments)
     try:
-        args.command(args, overrides)
+        args.command(args)
     except (UserError, DataError) as error:
         _tell(f"tst-ray: {error}")
         return getattr(error, "exit_status", 1)
@@ -48,66 +51,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command with its options, and the overrides, which argparse does not know."""
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The command, its options, and the overrides, which argparse does not know."""
     parser = argparse.ArgumentParser(
         prog="tst-ray",
         description="Pre-train language models with Token Superposition on Ray.",
         allow_abbrev=False,
     )
+    of_config, of_run, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    of_config.add_argument("--config", metavar="FILE", help="a YAML file, or a shipped config")
+    of_run.add_argument("run", metavar="RUN", help="the run directory")
+    as_json.add_argument("--json", action="store_true", help="print JSON")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function, help_text in (
-        ("run", _run, "train, from text to a model folder; resumes what was stopped"),
-        ("prepare", _prepare, "tokenize only: text to shards"),
-        ("plan", _plan, "show what a run would do, without Ray or weights"),
-    ):
-        command = commands.add_parser(name, help=help_text, epilog=_OVERRIDES, allow_abbrev=False)
-        command.add_argument("--config", metavar="FILE", help="a YAML file, or a shipped config")
-        if name != "run":
-            command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(command=function, takes_overrides=True)
 
-    status = commands.add_parser("status", help="where a run stands", allow_abbrev=False)
-    status.add_argument("run", metavar="RUN", help="the run directory")
-    status.add_argument("--json", action="store_true", help="print JSON")
-    status.set_defaults(command=_status, takes_overrides=False)
+    def command(
+        name: str, does: Callable[[argparse.Namespace], None], what: str, *parents: Any
+    ) -> argparse.ArgumentParser:
+        takes_overrides = of_config in parents
+        added = commands.add_parser(
+            name,
+            help=what,
+            parents=parents,
+            epilog=_OVERRIDES if takes_overrides else None,
+            allow_abbrev=False,
+        )
+        added.set_defaults(command=does, takes_overrides=takes_overrides)
+        return added
 
-    checkpoints = commands.add_parser(
-        "checkpoints", help="list a run's checkpoints, and verify them", allow_abbrev=False
-    )
-    checkpoints.add_argument("run", metavar="RUN", help="the run directory")
+    command("run", _run, "train, from text to a model folder; resumes what was stopped", of_config)
+    command("prepare", _prepare, "tokenize only: text to shards", of_config, as_json)
+    what = "show what a run would do, without Ray or weights"
+    command("plan", _plan, what, of_config, as_json)
+    command("status", _status, "where a run stands", of_run, as_json)
+    what = "list a run's checkpoints, and verify them"
+    checkpoints = command("checkpoints", _checkpoints, what, of_run, as_json)
     checkpoints.add_argument("--verify", action="store_true", help="read every file of each")
-    checkpoints.add_argument("--json", action="store_true", help="print JSON")
-    checkpoints.set_defaults(command=_checkpoints, takes_overrides=False)
-
-    export = commands.add_parser("export", help="write a run's model folder", allow_abbrev=False)
-    export.add_argument("run", metavar="RUN", help="the run directory")
+    export = command("export", _export, "write a run's model folder", of_run)
     export.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/model)")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    export.set_defaults(command=_export, takes_overrides=False)
-
-    bench = commands.add_parser(
-        "bench", help="measure what a run costs on this machine", allow_abbrev=False
-    )
+    bench = command("bench", _bench, "measure what a run costs on this machine", as_json)
     bench.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    bench.set_defaults(command=_bench, takes_overrides=False)
-
-    settings = commands.add_parser("settings", help="list every config field", allow_abbrev=False)
-    settings.set_defaults(command=_settings, takes_overrides=False)
+    command("settings", _settings, "list every config field")
 
     args, rest = parser.parse_known_args(arguments)
     wrong = [arg for arg in rest if not (args.takes_overrides and arg.startswith("--"))]
     if wrong:
         hint = "; write --section.field=value" if args.takes_overrides else ""
         parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
-    return args, rest
+    args.overrides = rest
+    return args
 
 
-def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+def _config(args: argparse.Namespace) -> Config:
+    """The config that a command is about; refused before anything large is imported."""
     from tst_ray.config import load_config
 
-    config = load_config(args.config, overrides)
+    return load_config(args.config, args.overrides)
+
+
+def _show(args: argparse.Namespace, facts: Any, as_text: Callable[[Any], None]) -> None:
+    """Print facts for a program, or for a person."""
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        as_text(facts)
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = _config(args)
     from tst_ray.coordinator import Coordinator
     from tst_ray.display import Terminal
     from tst_ray.report import print_summary
@@ -118,7 +129,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     print_summary(outcome, terminal.console)
 
 
-def _what(config: Any) -> str:
+def _what(config: Config) -> str:
     phases = [
         f"{phase.steps:,} steps "
         + (f"in bags of {phase.bag_size}" if phase.bag_size > 1 else "plain")
@@ -127,10 +138,8 @@ def _what(config: Any) -> str:
     return ", then ".join(phases)
 
 
-def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from tst_ray.config import load_config
-
-    config = load_config(args.config, overrides)
+def _prepare(args: argparse.Namespace) -> None:
+    config = _config(args)
     from tst_ray.coordinator import prepare_only
 
     manifest = prepare_only(config, _tell)
@@ -149,43 +158,34 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
             for source in manifest.sources
         },
     }
-    if args.json:
-        print(json.dumps(facts, indent=2))
-        return
-    for source in manifest.sources:
+    _show(args, facts, _print_prepared)
+
+
+def _print_prepared(facts: dict[str, Any]) -> None:
+    for name, of in facts["sources"].items():
         print(
-            f"{source.name}: {source.documents:,} documents, {source.train.tokens:,} training and "
-            f"{source.validation.tokens:,} validation tokens, "
-            f"{source.num_skipped:,} texts and {source.num_cut:,} files left out"
+            f"{name}: {of['documents']:,} documents, {of['train_tokens']:,} training and "
+            f"{of['validation_tokens']:,} validation tokens, "
+            f"{of['skipped']:,} texts and {of['skipped_files']:,} files left out"
         )
-    print(f"shards: {manifest.folder}")
+    print(f"shards: {facts['folder']}")
 
 
-def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from tst_ray.config import load_config
-
-    config = load_config(args.config, overrides)
+def _plan(args: argparse.Namespace) -> None:
+    config = _config(args)
     from tst_ray.preview import plan_facts, print_plan
 
-    facts = plan_facts(config)
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print_plan(facts)
+    _show(args, plan_facts(config), print_plan)
 
 
-def _status(args: argparse.Namespace, overrides: list[str]) -> None:
+def _status(args: argparse.Namespace) -> None:
     from tst_ray.report import print_status, status_facts
     from tst_ray.storage import Storage
 
-    facts = status_facts(Storage(args.run))
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print_status(facts)
+    _show(args, status_facts(Storage(args.run)), print_status)
 
 
-def _checkpoints(args: argparse.Namespace, overrides: list[str]) -> None:
+def _checkpoints(args: argparse.Namespace) -> None:
     from tst_ray.errors import RunError
     from tst_ray.report import checkpoint_facts, print_checkpoints
     from tst_ray.storage import Storage
@@ -194,32 +194,25 @@ def _checkpoints(args: argparse.Namespace, overrides: list[str]) -> None:
     if not run.exists("config.yaml"):
         raise RunError(f"{run.url}: not a run directory (no config.yaml in it)")
     facts = checkpoint_facts(run, verify_all=args.verify)
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print_checkpoints(facts)
+    _show(args, facts, print_checkpoints)
     if facts and not any(entry["state"] == "committed" for entry in facts):
         raise RunError(f"{run.url}: none of its {len(facts)} checkpoints is good")
 
 
-def _export(args: argparse.Namespace, overrides: list[str]) -> None:
+def _export(args: argparse.Namespace) -> None:
     from tst_ray.export import export_run
     from tst_ray.storage import Storage
 
     print(export_run(Storage(args.run), args.to, args.step)[1])
 
 
-def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
+def _bench(args: argparse.Namespace) -> None:
     from tst_ray.bench import print_bench, run_bench
 
-    facts = run_bench(args.name)
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print_bench(facts)
+    _show(args, run_bench(args.name), print_bench)
 
 
-def _settings(args: argparse.Namespace, overrides: list[str]) -> None:
+def _settings(args: argparse.Namespace) -> None:
     from tst_ray.reference import settings_table
 
     print(settings_table())

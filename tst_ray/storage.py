@@ -50,7 +50,7 @@ _APPEND_LOCK = threading.Lock()  # the loop and the checkpoint thread both add e
 
 
 class Storage:
-    """A folder by its URL or local path. Picklable; opens its filesystem when first used.
+    """A folder by its URL or local path. Picklable; what is unpickled opens it anew.
 
     Args:
         url: a local path or any fsspec URL.

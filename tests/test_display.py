@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_storage_that_fails_for_a_while_does_not_end_the_display(
     assert "step 3/8" in page.text.getvalue()
 
 
+def terminal_on(out: int) -> display.Terminal:
+    """A terminal whose lines go to this descriptor, which it keeps to itself."""
+    kept = os.dup(1)
+    os.dup2(out, 1)
+    os.close(out)
+    try:
+        return display.Terminal()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 @pytest.fixture(params=["a full disk", "a closed pipe", "a terminal that is gone"])
 def gone(request: pytest.FixtureRequest) -> Iterator[display.Terminal]:
     """A terminal that takes no more, whatever it was."""
@@ -65,14 +78,7 @@ def gone(request: pytest.FixtureRequest) -> Iterator[display.Terminal]:
         out = os.open("/dev/full", os.O_WRONLY)
     else:
         reader, out = os.pipe() if request.param == "a closed pipe" else os.openpty()
-    kept = os.dup(1)
-    os.dup2(out, 1)
-    os.close(out)
-    try:
-        terminal = display.Terminal()
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    terminal = terminal_on(out)
     if request.param != "a full disk":
         os.close(reader)
     yield terminal
@@ -94,6 +100,27 @@ def test_a_run_goes_on_where_nobody_can_be_told_of_it(
             gone.say("a line")
     assert not failed
     assert os.path.samestat(os.fstat(1), before), "standard output is left as it was"
+
+
+def test_an_interrupt_is_heard_while_a_line_waits_for_the_terminal() -> None:
+    """One that stands still (Ctrl-S) takes no more, and an interrupt has a line to say, too."""
+    reader, out = os.pipe()
+    terminal = terminal_on(out)
+    heard: list[bytes] = []
+
+    def stop(*args: Any) -> None:
+        terminal.say("stopping")
+        heard.append(os.read(reader, 1 << 20))  # now it goes on
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        terminal.say("x" * 100_000)  # more than a pipe holds
+        assert len(heard) == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(reader)
 
 
 def test_text_is_prepared_where_nobody_can_be_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ _POLL_S = 0.5
 _LINE_EVERY_S = 15.0
 _TAIL_BYTES = 64 << 10
 _TABLE_WIDTH = 110
+# The second: an interrupt has a line to say while one waits for a terminal that stands still.
+_NOT_TAKEN = (OSError, RuntimeError)
 _FIELDS = ("step", "phase", "loss", "lr", "tokens_per_s", "world_size", "step_time_s")
 
 
@@ -46,12 +48,12 @@ class _Out(io.TextIOWrapper):
     fill up. What it does not take is not shown."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_NOT_TAKEN):
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_NOT_TAKEN):
             super().flush()
 
 

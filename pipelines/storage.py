@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError, one_line
+from pipelines.errors import DataError, Unreadable, one_line
 
 
 def absolute(path: str) -> str:
@@ -27,18 +27,32 @@ def absolute(path: str) -> str:
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path inside it, for a local path or a URI.
 
-    Raises DataError where neither pyarrow nor an installed fsspec package opens the address.
+    Raises DataError where neither pyarrow nor an installed fsspec package knows the address, and
+    Unreadable where its storage does not answer: already opening may ask it, for a bucket's region.
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), absolute(path)
     try:
+        with os_errors():
+            return _opened(path)
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be reached ({one_line(error)})") from error
+
+
+def _opened(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of an address; that of fsspec only where pyarrow does not know the address.
+
+    The two tell different things of a file, by which shards are known: which of them it is may not
+    depend on the network's state.
+    """
+    try:
         return pafs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, OSError) as unknown:  # fsspec may know what pyarrow does not
+    except pa.ArrowInvalid as unknown:
         import fsspec
 
         try:
             filesystem, inner = fsspec.core.url_to_fs(path)
-        except (ValueError, ImportError, OSError):
+        except (ValueError, ImportError):
             raise DataError(f"{path}: cannot be opened ({one_line(unknown)})") from unknown
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
 

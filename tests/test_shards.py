@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -352,6 +353,38 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     write_atomically(*locate(str(tmp_path / "deep" / "file")), b"content")
     assert (tmp_path / "deep" / "file").read_bytes() == b"content"
     assert done == ["fsync", "replace"]
+
+
+def test_an_address_whose_storage_does_not_answer_may_be_tried_again(
+    prepared: tuple[Manifest, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow asks for a bucket's region when it opens an address; no other library steps in."""
+
+    class Unreachable:
+        @staticmethod
+        def from_uri(address: str) -> None:
+            raise OSError("NETWORK_CONNECTION during HeadBucket operation")
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", Unreachable)
+    opened = Mock(side_effect=fsspec.core.url_to_fs)
+    monkeypatch.setattr("fsspec.core.url_to_fs", opened)
+    there = replace(prepared[0], folder="memory://bucket/shards")
+    for ask in (
+        lambda: locate(there.folder),
+        lambda: Manifest.load(there.folder),
+        lambda: TokenReader(there, "text").read(0, 5),
+    ):
+        with pytest.raises(Unreadable, match=r"cannot be reached \(NETWORK_CONNECTION"):
+            ask()
+    assert not opened.called
+
+
+def test_a_library_that_cannot_open_its_address_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", Mock(side_effect=Unavailable("no\ncredentials")))
+    with pytest.raises(Unreadable, match=r"^memory://x: cannot be reached \(no credentials\)$"):
+        locate("memory://x")
 
 
 class Unavailable(Exception):

@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, one_line
-from pipelines.storage import absolute, locate
+from pipelines.storage import absolute, below, locate, os_errors
 
 PYTHON_STDLIB = "python-stdlib"
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**25
@@ -171,6 +171,12 @@ def find_files(
             f"source {spec.path}: matches no files of text; name a file, or a glob such as "
             f"{root}/**/*.txt (a folder's name takes in text, source code, .jsonl and .parquet)"
         )
+    for file in files:
+        if file.size is None:
+            raise DataError(
+                f"source {below(root, file.path)}: its server does not say how long it is, so that "
+                "neither its end nor a change could be seen; fetch it, and name the copy"
+            )
     if not any(file.size for file in files):
         raise DataError(f"source {spec.path}: all its {len(files)} files are empty; name others")
     return Corpus(spec.name, root, spec.text_field, tuple(sorted(files, key=lambda f: f.path)))
@@ -189,11 +195,12 @@ def _match(path: str) -> _Listing:
     filesystem, inner = locate(path)
     info = _file_info(filesystem, inner, path)
     if info.type == pafs.FileType.File:
-        root = path.partition("?")[0] if "://" in path else path
-        query = path[len(root) :]
-        root = root.rsplit("/", 1)[0] or "/"
-        file = TextFile(info.base_name, info.size, info.mtime_ns)
-        return root + query, [file], lambda path: True
+        base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+        root = (base.rsplit("/", 1)[0] or "/") + mark + query
+        # Of web pages, the address is the path inside the filesystem, too.
+        name = inner.partition("?")[0].rsplit("/", 1)[1] if "://" in inner else info.base_name
+        file = TextFile(name, info.size, info.mtime_ns)
+        return root, [file], lambda path: True
     if info.type == pafs.FileType.Directory:
         files = _list(path, path, lambda folder: not _is_hidden(os.path.basename(folder)))
         return path.rstrip("/") or "/", files, _is_text
@@ -399,7 +406,7 @@ def _split_parquet(root: str, files: list[TextFile], target: int) -> dict[str, l
 
     def split(file: TextFile) -> list[TextFile]:
         try:
-            with filesystem.open_input_file(f"{inner}/{file.path}") as stream:
+            with os_errors(), filesystem.open_input_file(below(inner, file.path)) as stream:
                 num_groups = pq.ParquetFile(stream).metadata.num_row_groups
         except (OSError, pa.ArrowException):
             return [file]  # reading it will say what is wrong

@@ -24,6 +24,12 @@ def absolute(path: str) -> str:
     return scheme + mark + (inner.rstrip("/") or inner)
 
 
+def below(folder: str, path: str) -> str:
+    """The path of what is in a folder; the `?key=value` of a folder's address stays at its end."""
+    base, mark, query = folder.partition("?") if "://" in folder else (folder, "", "")
+    return f"{base.rstrip('/')}/{path}{mark}{query}"
+
+
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path inside it, for a local path or a URI.
 
@@ -32,11 +38,23 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), absolute(path)
+    _refuse_what_would_be_dropped(path)
     try:
         with os_errors():
             return _opened(path)
     except OSError as error:
         raise Unreadable(f"{path}: cannot be reached ({one_line(error)})") from error
+
+
+def _refuse_what_would_be_dropped(path: str) -> None:
+    """Raises DataError for an address of which a part would not be looked at, and other text read.
+
+    Arrow drops what follows `?` from the path of a local file; no server is sent what follows `#`.
+    """
+    if path.startswith("file:") and "?" in path:
+        raise DataError(f"{path}: no '?' can be in such an address; name the path without file://")
+    if path.startswith(("http:", "https:")) and "#" in path:
+        raise DataError(f"{path}: what follows '#' is never asked for; write %23, or leave it out")
 
 
 def _opened(path: str) -> tuple[pafs.FileSystem, str]:
@@ -46,8 +64,8 @@ def _opened(path: str) -> tuple[pafs.FileSystem, str]:
     depend on the network's state.
     """
     try:
-        return pafs.FileSystem.from_uri(path)
-    except pa.ArrowInvalid as unknown:
+        return pafs.FileSystem.from_uri(_quoted(path))
+    except (pa.ArrowInvalid, ImportError) as unknown:
         import fsspec
 
         try:
@@ -55,6 +73,15 @@ def _opened(path: str) -> tuple[pafs.FileSystem, str]:
         except (ValueError, ImportError):
             raise DataError(f"{path}: cannot be opened ({one_line(unknown)})") from unknown
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
+
+
+def _quoted(path: str) -> str:
+    """An address whose name may hold `#` and brackets: Arrow drops the one, refuses the others."""
+    if path.startswith("hf:"):  # which Arrow hands on as it is
+        return path
+    scheme, mark, rest = path.partition("://")
+    host, slash, inner = rest.replace("#", "%23").partition("/")
+    return scheme + mark + host + slash + inner.replace("[", "%5B").replace("]", "%5D")
 
 
 @contextlib.contextmanager

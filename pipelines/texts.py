@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipelines.corpus import JSON_LINES, PARQUET, Corpus, TextFile, Unit, draw, file_kind
 from pipelines.errors import DataError, one_line
-from pipelines.storage import locate, os_errors
+from pipelines.storage import below, locate, os_errors
 
 PIECE_BYTES = 2**20
 SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged; up to so many before it are lost
@@ -63,17 +63,17 @@ def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unr
     Raises DataError where the storage fails: that is never a reason to leave out a text.
     """
     filesystem, inner = locate(root)
-    path = f"{inner.rstrip('/')}/{file.path}"
+    path, where = below(inner, file.path), below(root, file.path)
     last: Text | None = None
     try:
         for text in _decoded(filesystem, path, file, text_field):
             last = text if isinstance(text, Text) else last
             yield text
     except OSError as error:
-        raise DataError(f"{root}/{file.path}: cannot be read ({one_line(error)})") from error
+        raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
     except MemoryError as error:
         raise DataError(
-            f"{root}/{file.path}: does not fit into memory ({one_line(error)}); split the file"
+            f"{where}: does not fit into memory ({one_line(error)}); split the file"
         ) from error
     if last and not last.ends_document:  # the rest was unreadable; the document ends all the same
         yield Text(file.path, last.index + 1, "", 0)

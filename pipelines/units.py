@@ -26,7 +26,7 @@ from pipelines.corpus import Unit, is_held_out
 from pipelines.errors import DataError, one_line
 from pipelines.manifest import SPLITS, Shard, damaged_shards
 from pipelines.shards import ShardWriter
-from pipelines.storage import locate, read_bytes, write_atomically
+from pipelines.storage import below, locate, read_bytes, write_atomically
 from pipelines.texts import Text, Unreadable, read_unit
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _batches(
         if isinstance(text, Unreadable):
             if job.undecodable == "refuse":
                 raise DataError(
-                    f"{unit.root}/{text.path}: {text.reason}; mend or leave out the file, "
+                    f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "
                     "or set data.undecodable=skip"
                 )
             kind = "cut" if text.is_rest else "skipped"

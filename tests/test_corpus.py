@@ -5,8 +5,11 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -210,6 +213,71 @@ def test_a_glob_looks_only_where_it_can_match(
 def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("x")
     assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]
+
+
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of the files in tmp_path; of what `chunked` names, without a size."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def send_header(self, name: str, value: str) -> None:
+            if not ("chunked" in self.path and name == "Content-Length"):
+                super().send_header(name, value)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_with_a_query_is_read_from_where_it_says(tmp_path: Path, website: str) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "a.jsonl").write_text(json.dumps({"text": "the text"}))
+    source = found(f"{website}/dir/a.jsonl?download=true&part=1/2")
+    assert source.root == f"{website}/dir?download=true&part=1/2"
+    assert [file.path for file in source.files] == ["a.jsonl"]
+    assert contents(list(read_file(source.root, source.files[0], "text"))) == ["the text"]
+
+
+def test_a_page_of_unknown_length_is_not_called_empty(tmp_path: Path, website: str) -> None:
+    (tmp_path / "chunked.txt").write_text("text")
+    with pytest.raises(DataError, match=r"chunked\.txt: its server does not say how long it is"):
+        found(f"{website}/chunked.txt")
+
+
+@pytest.mark.parametrize("name", ["c#", "b[1]", "a%20b#c"])
+def test_a_local_address_is_that_of_its_whole_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.txt").write_text("another text")
+    (tmp_path / unquote(name)).mkdir()
+    (tmp_path / unquote(name) / "a.txt").write_text("the text")
+    source = found(f"file://{tmp_path}/{name}")
+    assert contents(list(read_file(source.root, source.files[0], "text"))) == ["the text"]
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("file:///tmp/q?x", r"no '\?' can be in such an address; name the path without file://"),
+        ("http://127.0.0.1:1/c#/a.txt", "what follows '#' is never asked for; write %23"),
+    ],
+)
+def test_an_address_of_which_a_part_would_be_dropped_is_refused(address: str, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        found(address)
+
+
+@pytest.mark.parametrize("name", ["x/[ab]*.txt", "x#/a.txt", "x#y[1]"])
+def test_an_object_s_name_may_hold_what_arrow_takes_for_syntax(name: str) -> None:
+    """With the region given, no server is asked."""
+    assert locate(f"s3://bucket/{name}?region=us-east-1")[1] == f"bucket/{name}"
+    assert locate(f"gs://bucket/{name}")[1] == f"bucket/{name}"
 
 
 def test_an_address_is_a_source_too() -> None:

@@ -12,19 +12,21 @@ decides which files there are, in what order, how they are grouped, or what is h
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError, one_line
+from pipelines.errors import DataError, Unreadable, one_line
 from pipelines.storage import absolute, below, locate, os_errors
 
 PYTHON_STDLIB = "python-stdlib"
@@ -48,6 +50,11 @@ _OUR_MARKS = (
     {"manifest.json", "preparation.json"},
 )
 _MARKING = set().union(*_OUR_MARKS)
+# What filesystems call that of a file which is another once its content is.
+_TELLS_A_CHANGE = re.compile(
+    "etag|md5|sha|hash|digest|crc|checksum|blob_id|generation|version"
+    "|modif|mtime|updated|created|write_time"
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,16 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file, or for a big Parquet file some of its row groups; `path` is relative to the root."""
+    """A file, or for a big Parquet file some of its row groups; `path` is relative to the root.
+
+    `version` is what its storage tells of the content, where that does not tell when it changed.
+    """
 
     path: str
     size: int
     modified_ns: int | None
     row_groups: tuple[int, int] | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,25 @@ class Unit:
         return sum(file.size for file in self.files)
 
 
-# A source's root, the files that were listed there, and which of their paths it takes in.
-_Listing = tuple[str, list[TextFile], Callable[[str], bool]]
+def facts(work: Corpus | Unit) -> dict[str, Any]:
+    """All that tells one corpus or unit from another; shards are known by a hash of it.
+
+    A file without a version has no such entry: in older shards' hashes there was none.
+    """
+
+    def known(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if (name, value) != ("version", None)}
+
+    return asdict(work, dict_factory=known)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A source's root, the files that were listed there, and which of their paths it takes in."""
+
+    root: str
+    files: list[TextFile]
+    takes: Callable[[str], bool]
 
 
 # ── which files ──────────────────────────────────────────────────────────────────────────────────
@@ -158,9 +186,10 @@ def find_files(
     """
     assert spec.name, "named_sources gives every source its name"
     is_stdlib = spec.path == PYTHON_STDLIB
-    root, listed, takes = _python_stdlib() if is_stdlib else _match(source_root(spec))
-    files = [file for file in listed if takes(file.path)]
-    if ours := tuple(f"{folder}/" for folder in sorted(_ours(root, listed, skip))):
+    listing = _python_stdlib() if is_stdlib else _match(source_root(spec))
+    root = listing.root
+    files = [file for file in listing.files if listing.takes(file.path)]
+    if ours := tuple(f"{folder}/" for folder in sorted(_ours(root, listing.files, skip))):
         num_listed = len(files)
         files = [file for file in files if not file.path.startswith(ours)]
         if left_out := num_listed - len(files):
@@ -187,23 +216,23 @@ def _python_stdlib() -> _Listing:
     not_ours = {"site-packages", "dist-packages", "__pycache__"}
     names = [name for name in sorted(os.listdir(root)) if name not in not_ours]
     files = [file for name in names for file in _list(f"{root}/{name}", root)]
-    return root, files, lambda path: path.endswith(".py")
+    return _Listing(root, files, lambda path: path.endswith(".py"))
 
 
 def _match(path: str) -> _Listing:
     """What a path means: a file, a folder, or a glob."""
     filesystem, inner = locate(path)
-    info = _file_info(filesystem, inner, path)
+    info, version = _file_info(filesystem, inner, path)
     if info.type == pafs.FileType.File:
         base, mark, query = path.partition("?") if "://" in path else (path, "", "")
         root = (base.rsplit("/", 1)[0] or "/") + mark + query
         # Of web pages, the address is the path inside the filesystem, too.
         name = inner.partition("?")[0].rsplit("/", 1)[1] if "://" in inner else info.base_name
-        file = TextFile(name, info.size, info.mtime_ns)
-        return root, [file], lambda path: True
+        file = TextFile(name, info.size, info.mtime_ns, version=version)
+        return _Listing(root, [file], lambda path: True)
     if info.type == pafs.FileType.Directory:
         files = _list(path, path, lambda folder: not _is_hidden(os.path.basename(folder)))
-        return path.rstrip("/") or "/", files, _is_text
+        return _Listing(path.rstrip("/") or "/", files, _is_text)
     root, pattern = _split_glob(path)
     if not pattern:
         raise DataError(f"source {path}: not found; correct the path")
@@ -212,7 +241,8 @@ def _match(path: str) -> _Listing:
     except re.error as error:
         raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
     is_deep = "/" in pattern or "**" in pattern
-    return root, _list(root, root, enters, is_deep), lambda path: matches(path) is not None
+    files = _list(root, root, enters, is_deep)
+    return _Listing(root, files, lambda path: matches(path) is not None)
 
 
 def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
@@ -228,11 +258,18 @@ def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
     return marked - {""} | skipped
 
 
-def _file_info(filesystem: pafs.FileSystem, inner: str, path: str) -> pafs.FileInfo:
+def _file_info(
+    filesystem: pafs.FileSystem, inner: str, path: str
+) -> tuple[pafs.FileInfo, str | None]:
+    """What is at a path, and of a file without a time of change, what else tells of one."""
     try:
-        return filesystem.get_file_info([inner])[0]
+        with os_errors():
+            info = filesystem.get_file_info([inner])[0]
+            if info.type != pafs.FileType.File or info.mtime_ns is not None:
+                return info, None
+            return info, _versions(filesystem, inner, None, is_folder=False).get(inner)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"source {path}: cannot be reached ({one_line(error)})") from error
+        raise Unreadable(f"source {path}: cannot be reached ({one_line(error)})") from error
 
 
 def _list(
@@ -246,22 +283,50 @@ def _list(
     filesystem, inner = locate(path)
     prefix = len(locate(root)[1].rstrip("/")) + 1
     try:
-        infos: Iterable[pafs.FileInfo] = [info := filesystem.get_file_info(inner)]
-        if info.type == pafs.FileType.Directory:
-            if isinstance(filesystem, pafs.LocalFileSystem):
-                infos = _walk(filesystem, inner, lambda folder: enters(folder[prefix:]))
-            else:
-                infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=is_deep))
+        with os_errors():
+            infos: Iterable[pafs.FileInfo] = [info := filesystem.get_file_info(inner)]
+            if info.type == pafs.FileType.Directory:
+                if isinstance(filesystem, pafs.LocalFileSystem):
+                    infos = _walk(filesystem, inner, lambda folder: enters(folder[prefix:]))
+                else:
+                    infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=is_deep))
+            found = [info for info in infos if info.type == pafs.FileType.File]
+            versions: dict[str, str | None] = {}
+            if any(info.mtime_ns is None for info in found):
+                is_folder = info.type == pafs.FileType.Directory
+                depth = None if is_deep else 1
+                versions = _versions(filesystem, inner, depth, is_folder=is_folder)
         return [
-            TextFile(info.path[prefix:], info.size, info.mtime_ns)
-            for info in infos
-            if info.type == pafs.FileType.File
+            TextFile(info.path[prefix:], info.size, info.mtime_ns, version=versions.get(info.path))
+            for info in found
         ]
     except UnicodeDecodeError as error:
         name = error.object.decode("utf-8", "backslashreplace")
         raise DataError(f"source {path}: {name}: a name that is not UTF-8; rename it") from error
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"source {path}: cannot be listed ({one_line(error)})") from error
+        raise Unreadable(f"source {path}: cannot be listed ({one_line(error)})") from error
+
+
+def _versions(
+    filesystem: pafs.FileSystem, inner: str, depth: int | None, *, is_folder: bool
+) -> dict[str, str | None]:
+    """What fsspec knows of the contents of a file, or of the files in a folder, by their paths.
+
+    Of all that fsspec tells, Arrow hands on a time of change only, and under one of its names.
+    """
+    handler = getattr(filesystem, "handler", None)
+    if not isinstance(handler, pafs.FSSpecHandler):
+        return {}
+    if not is_folder:
+        return {inner: _version(handler.fs.info(inner))}
+    found = handler.fs.find(inner, maxdepth=depth, detail=True)
+    return {path: _version(info) for path, info in found.items()}
+
+
+def _version(info: dict[str, Any]) -> str | None:
+    """Checksums, tags and times of a file, by whatever names its filesystem has for them."""
+    told = {name: str(info[name]) for name in sorted(info) if _TELLS_A_CHANGE.search(name.lower())}
+    return json.dumps(told) if told else None
 
 
 def _walk(

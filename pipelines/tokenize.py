@@ -25,6 +25,7 @@ from typing import Any
 from pipelines.corpus import (
     Corpus,
     SourceSpec,
+    facts,
     find_files,
     named_sources,
     plan_units,
@@ -152,7 +153,7 @@ def prepare(
         undecodable=undecodable,
     )
     corpora = [find_files(spec, (folder, *skip), log) for spec in specs]
-    listing = _hash([asdict(corpus) for corpus in corpora])
+    listing = _hash([facts(corpus) for corpus in corpora])
     if done := _unchanged(folder, {**settings, "listing": listing}):
         log(f"{folder}: already prepared, nothing has changed")
         return done
@@ -351,7 +352,7 @@ def _all_records(
 ) -> list[Record]:
     """The record of every unit, in the corpus's order: kept, or made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
-    units = {_hash([salt, asdict(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
+    units = {_hash([salt, facts(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
     records = kept_records(job.folder, set(units), finished_records(job.folder))
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""

@@ -9,17 +9,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines import corpus, texts
+from pipelines import corpus, errors, texts
 from pipelines.corpus import (
     Corpus,
     SourceSpec,
     TextFile,
+    facts,
     find_files,
     is_held_out,
     named_sources,
@@ -213,6 +216,49 @@ def test_a_glob_looks_only_where_it_can_match(
 def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("x")
     assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]
+
+
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        ({"name": "a", "size": 3, "type": "file", "last_accessed": 5}, None),
+        ({"etag": "0x8D", "last_modified": "Monday", "lease": 1}, ["etag", "last_modified"]),
+        ({"ETag": "x", "Last-Modified": "Monday", "url": "u"}, ["ETag", "Last-Modified"]),
+        ({"blob_id": "ab", "lfs": None, "xet_hash": None}, ["blob_id", "xet_hash"]),
+        ({"modificationTime": 7}, ["modificationTime"]),
+    ],
+)
+def test_what_storage_tells_of_a_content_is_known_by_its_name(
+    info: dict[str, Any], told: list[str] | None
+) -> None:
+    version = corpus._version(info)
+    assert (list(json.loads(version)) if version else None) == told
+
+
+def test_what_tells_a_time_is_known_as_it_always_was(tree: Path) -> None:
+    """Another entry would be another hash, by which no shards are found."""
+    assert facts(Corpus("x", "/x", "text", (TextFile("a.txt", 3, 17),))) == {
+        "name": "x",
+        "root": "/x",
+        "text_field": "text",
+        "files": ({"path": "a.txt", "size": 3, "modified_ns": 17, "row_groups": None},),
+    }
+    assert all(file.version is None and file.modified_ns for file in found(str(tree)).files)
+
+
+class Unavailable(Exception):
+    """What a client of an object store raises."""
+
+
+@pytest.mark.parametrize(("request_", "told"), [("info", "reached"), ("find", "listed")])
+def test_storage_that_does_not_answer_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, request_: str, told: str
+) -> None:
+    locate("memory://texts/here")[0].create_dir("texts/here")
+    refused = Mock(side_effect=Unavailable("503\nslow down"))
+    monkeypatch.setattr(MemoryFileSystem, request_, refused)
+    with pytest.raises(errors.Unreadable, match=rf"cannot be {told} \(503 slow down\)$"):
+        found("memory://texts/here")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -277,6 +278,24 @@ def test_only_changed_files_are_tokenized_again(
     # Whoever still reads by the older manifest reads what it promised.
     verify_checksums(before)
     np.testing.assert_array_equal(split_tokens(before, "books", "train"), old)
+
+
+@pytest.mark.parametrize("path", ["memory://books", "memory://books/a.txt", "memory://books/*"])
+def test_text_of_equal_size_is_seen_where_storage_tells_no_time(
+    path: str, folder: str, tokenized: list[str]
+) -> None:
+    """Arrow learns of a time only where a filesystem of fsspec calls it `mtime`."""
+    books = fsspec.filesystem("memory")
+    books.pipe("/books/a.txt", b"alpha beta\n" * 99)
+    source = [SourceSpec(path, name="books")]
+    prepared(source, folder, validation_share=0.0)
+    tokenized.clear()
+    lines: list[str] = []
+    prepared(source, folder, validation_share=0.0, log=lines.append)
+    assert tokenized == [] and "already prepared" in lines[-1]
+    books.pipe("/books/a.txt", b"omega zeta\n" * 99)
+    after = prepared(source, folder, validation_share=0.0)
+    assert documents(after, "books", "train") == ["omega zeta\n" * 99]
 
 
 def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(

@@ -123,11 +123,15 @@ def facts(work: Corpus | Unit) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Listing:
-    """A source's root, the files that were listed there, and which of their paths it takes in."""
+    """A source's root, the files that were listed there, and which of their paths it takes in.
+
+    `lost` are links to nothing, by their paths: of what they meant, nobody knows what it was.
+    """
 
     root: str
     files: list[TextFile]
     takes: Callable[[str], bool]
+    lost: tuple[str, ...] = ()
 
 
 # ── which files ──────────────────────────────────────────────────────────────────────────────────
@@ -182,19 +186,23 @@ def find_files(
     """List a source's files. Raises DataError where there are none.
 
     What runs and preparations wrote below it is no text: folders that look like theirs are left
-    out, and those of `skip`. The log is told.
+    out, and those of `skip`. The log is told, of links that lead nowhere too.
     """
     assert spec.name, "named_sources gives every source its name"
     is_stdlib = spec.path == PYTHON_STDLIB
     listing = _python_stdlib() if is_stdlib else _match(source_root(spec))
     root = listing.root
     files = [file for file in listing.files if listing.takes(file.path)]
-    if ours := tuple(f"{folder}/" for folder in sorted(_ours(root, listing.files, skip))):
-        num_listed = len(files)
-        files = [file for file in files if not file.path.startswith(ours)]
-        if left_out := num_listed - len(files):
-            shown = ", ".join(ours[:3]) + (", …" if len(ours) > 3 else "")
-            log(f"{spec.name}: {left_out:,} files left out, in folders of runs or shards: {shown}")
+    ours = tuple(f"{folder}/" for folder in sorted(_ours(root, listing.files, skip)))
+    num_listed = len(files)
+    files = [file for file in files if not file.path.startswith(ours)]
+    if left_out := num_listed - len(files):
+        log(
+            f"{spec.name}: {left_out:,} files left out, in folders of runs or shards: "
+            f"{_shown(ours)}"
+        )
+    if lost := [path for path in listing.lost if not path.startswith(ours)]:
+        log(f"{spec.name}: {len(lost):,} links left out, which lead nowhere: {_shown(lost)}")
     if not files:
         raise DataError(
             f"source {spec.path}: matches no files of text; name a file, or a glob such as "
@@ -211,11 +219,15 @@ def find_files(
     return Corpus(spec.name, root, spec.text_field, tuple(sorted(files, key=lambda f: f.path)))
 
 
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def _python_stdlib() -> _Listing:
     root = sysconfig.get_paths()["stdlib"]
     not_ours = {"site-packages", "dist-packages", "__pycache__"}
     names = [name for name in sorted(os.listdir(root)) if name not in not_ours]
-    files = [file for name in names for file in _list(f"{root}/{name}", root)]
+    files = [file for name in names for file in _list(f"{root}/{name}", root)[0]]
     return _Listing(root, files, lambda path: path.endswith(".py"))
 
 
@@ -231,8 +243,10 @@ def _match(path: str) -> _Listing:
         file = TextFile(name, info.size, info.mtime_ns, version=version)
         return _Listing(root, [file], lambda path: True)
     if info.type == pafs.FileType.Directory:
-        files = _list(path, path, lambda folder: not _is_hidden(os.path.basename(folder)))
-        return _Listing(path.rstrip("/") or "/", files, _is_text)
+        root = path.rstrip("/") or "/"
+        return _listing(
+            root, path, _is_text, lambda folder: not _is_hidden(os.path.basename(folder))
+        )
     root, pattern = _split_glob(path)
     if not pattern:
         raise DataError(f"source {path}: not found; correct the path")
@@ -241,8 +255,19 @@ def _match(path: str) -> _Listing:
     except re.error as error:
         raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
     is_deep = "/" in pattern or "**" in pattern
-    files = _list(root, root, enters, is_deep)
-    return _Listing(root, files, lambda path: matches(path) is not None)
+    return _listing(root, root, lambda path: matches(path) is not None, enters, is_deep)
+
+
+def _listing(
+    root: str,
+    path: str,
+    takes: Callable[[str], bool],
+    enters: Callable[[str], bool],
+    is_deep: bool = True,
+) -> _Listing:
+    files, nowhere = _list(path, path, enters, is_deep)
+    lost = [link for link in nowhere if takes(link) or enters(link)]
+    return _Listing(root, files, takes, tuple(sorted(lost)))
 
 
 def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
@@ -274,8 +299,9 @@ def _file_info(
 
 def _list(
     path: str, root: str, enters: Callable[[str], bool] = lambda folder: True, is_deep: bool = True
-) -> list[TextFile]:
-    """Every file at or below a path, with its path below the root.
+) -> tuple[list[TextFile], list[str]]:
+    """Every file at or below a path, with its path below the root; and of a local folder the links
+    that lead nowhere.
 
     On a local disk only those folders are looked into that `enters` wants, by their paths below the
     root. Elsewhere one listing of all is much faster; without `is_deep` it stays in one folder.
@@ -290,16 +316,19 @@ def _list(
                     infos = _walk(filesystem, inner, lambda folder: enters(folder[prefix:]))
                 else:
                     infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=is_deep))
+            infos = list(infos)
             found = [info for info in infos if info.type == pafs.FileType.File]
             versions: dict[str, str | None] = {}
             if any(info.mtime_ns is None for info in found):
                 is_folder = info.type == pafs.FileType.Directory
                 depth = None if is_deep else 1
                 versions = _versions(filesystem, inner, depth, is_folder=is_folder)
-        return [
+        files = [
             TextFile(info.path[prefix:], info.size, info.mtime_ns, version=versions.get(info.path))
             for info in found
         ]
+        nowhere = (info for info in infos if info.type == pafs.FileType.NotFound)
+        return files, [info.path[prefix:] for info in nowhere if len(info.path) > prefix]
     except UnicodeDecodeError as error:
         name = error.object.decode("utf-8", "backslashreplace")
         raise DataError(f"source {path}: {name}: a name that is not UTF-8; rename it") from error
@@ -335,7 +364,8 @@ def _walk(
     enters: Callable[[str], bool],
     above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[pafs.FileInfo]:
-    """Every file at or below a local folder; a link to a folder above is not followed in a circle.
+    """Every file at or below a local folder, and every link that leads nowhere, as not found; a
+    link to a folder above is not followed in a circle.
 
     Args:
         above: the device and inode of each folder on the way here.
@@ -344,6 +374,10 @@ def _walk(
     here = (stat.st_dev, stat.st_ino)
     if here in above:
         return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and not os.path.exists(entry.path):  # which Arrow does not list
+                yield pafs.FileInfo(entry.path, pafs.FileType.NotFound)
     for info in filesystem.get_file_info(pafs.FileSelector(folder)):
         if info.type != pafs.FileType.Directory:
             yield info

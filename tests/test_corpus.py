@@ -213,6 +213,27 @@ def test_a_glob_looks_only_where_it_can_match(
     assert sorted(looked) == [".", *entered]
 
 
+@pytest.mark.parametrize(
+    ("path", "lost"),
+    [
+        ("", "3 links left out, which lead nowhere: sub/books, sub/z.txt, z.txt"),
+        ("**/*.txt", "4 links left out, which lead nowhere: .git/y.txt, sub/books, sub/z.txt, …"),
+        ("*.txt", "1 links left out, which lead nowhere: z.txt"),
+        ("*.md", None),
+        ("sub/*.p*", None),
+    ],
+)
+def test_links_that_lead_nowhere_are_told_by_name(tree: Path, path: str, lost: str | None) -> None:
+    """What they meant may have been text, or a folder of it."""
+    before = paths(f"{tree}")
+    for name in ("z.txt", "sub/z.txt", "sub/books", ".git/y.txt"):
+        (tree / name).symlink_to("/nowhere/at/all")
+    lines: list[str] = []
+    find_files(named_sources([SourceSpec(f"{tree}/{path}", name="x")])[0], log=lines.append)
+    assert lines == ([f"x: {lost}"] if lost else [])
+    assert paths(f"{tree}") == before
+
+
 def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("x")
     assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]

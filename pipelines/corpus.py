@@ -377,7 +377,8 @@ def _walk(
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink() and not os.path.exists(entry.path):  # which Arrow does not list
-                yield pafs.FileInfo(entry.path, pafs.FileType.NotFound)
+                shown = entry.path.encode("utf-8", "backslashreplace").decode()
+                yield pafs.FileInfo(shown, pafs.FileType.NotFound)
     for info in filesystem.get_file_info(pafs.FileSelector(folder)):
         if info.type != pafs.FileType.Directory:
             yield info

@@ -234,6 +234,13 @@ def test_links_that_lead_nowhere_are_told_by_name(tree: Path, path: str, lost: s
     assert paths(f"{tree}") == before
 
 
+def test_a_link_to_nowhere_whose_name_is_no_text_is_told(tree: Path) -> None:
+    os.symlink(b"/nowhere", os.fsencode(tree) + b"/\xff.txt")
+    lines: list[str] = []
+    find_files(named_sources([SourceSpec(f"{tree}/*.txt", name="x")])[0], log=lines.append)
+    assert lines == [r"x: 1 links left out, which lead nowhere: \udcff.txt"]
+
+
 def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("x")
     assert paths(f"{tmp_path}/b[1].txt") == ["b[1].txt"]

@@ -4,8 +4,10 @@
     Corpora ── sample_texts ──> str, …                 what a tokenizer is trained on
 
 What a document is: a text file, a line of JSON Lines, a row of a Parquet file. Files may be
-compressed (.gz, .zst, .bz2, .lz4). A text file longer than PIECE_BYTES is read in pieces cut at
-line ends, so that a big file is never whole in memory and still gives its share to the hold-out.
+compressed (.gz, .zst, .bz2, .lz4). A document longer than PIECE_BYTES comes in pieces cut at line
+ends: a tokenizer takes some 150 times the size of what it is given at once. A text file is read so,
+too: it is never whole in memory, and each piece counts for the hold-out as a document would. The
+pieces of a line or a row are held out together.
 Text is UTF-8, kept byte for byte; only a byte-order mark is dropped.
 """
 
@@ -33,7 +35,10 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", "
 
 @dataclass(frozen=True)
 class Text:
-    """A document, or a piece of a long one; `index` counts its file's pieces, lines or rows."""
+    """A document, or a piece of a long one; `index` counts its file's pieces, lines or rows.
+
+    The pieces of a line or a row all have its index.
+    """
 
     path: str
     index: int
@@ -248,14 +253,18 @@ def _undecoded(column: pa.Array) -> pa.Array:
     """A column of strings as bytes: Arrow does not check them, and one bad row is not all."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
-    strings = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    strings = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
     return column.cast(strings[column.type]) if column.type in strings else column
 
 
 def _field_text(
     path: str, index: int, value: object, where: str, field: str
 ) -> Iterable[Text | Unreadable]:
-    """The text of one line or row: nothing for an empty one."""
+    """The text of one line or row, or its pieces: nothing for an empty one."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -264,10 +273,20 @@ def _field_text(
     if not isinstance(value, str):
         return [Unreadable(path, f"{where}: no text in field {field!r} (text_field)")]
     try:
-        num_bytes = len(value.encode("utf-8"))
+        raw = value.encode("utf-8")
     except UnicodeEncodeError:
         return [Unreadable(path, f"{where}: a lone surrogate, which is not text")]
-    return [Text(path, index, value, num_bytes)] if value else []
+    return _cut_up(path, index, raw) if raw else []
+
+
+def _cut_up(path: str, index: int, raw: bytes) -> Iterator[Text]:
+    """The pieces of a document that is in memory; only the last one ends it."""
+    start = 0
+    while len(raw) - start > PIECE_BYTES:
+        stop = start + _cut(raw[start : start + PIECE_BYTES + 1])
+        yield Text(path, index, raw[start:stop].decode(), stop - start, ends_document=False)
+        start = stop
+    yield Text(path, index, raw[start:].decode(), len(raw) - start)
 
 
 # ── a sample, to train a tokenizer on ────────────────────────────────────────────────────────────

@@ -679,6 +679,15 @@ def test_a_row_that_is_not_utf8_leaves_the_others(tmp_path: Path) -> None:
             assert reasons(items) == ["row 2: not UTF-8 at byte 4 (invalid start byte)"]
 
 
+def test_a_bad_row_of_views_leaves_the_others(tmp_path: Path) -> None:
+    raw = pa.array([b"good", b"bad \xff", b"a good one that is longer"], pa.binary_view())
+    column = pa.Array.from_buffers(pa.string_view(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    items = read(tmp_path / "a.parquet")
+    assert contents(items) == ["good", "a good one that is longer"]
+    assert reasons(items) == ["row 2: not UTF-8 at byte 4 (invalid start byte)"]
+
+
 def test_json_lines_by_other_names(tmp_path: Path) -> None:
     """C4 and Dolma call them .json.gz, RedPajama has .zstd; beside code, .json is no text."""
     rows = b'{"text": "one"}\n{"text": "two"}\n'

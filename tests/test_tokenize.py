@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import corpus, units
+from pipelines import corpus, texts, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest, verify_checksums
@@ -166,6 +166,54 @@ def test_a_long_text_has_one_end(
     tokenizer = load_tokenizer(manifest.tokenizer_folder)
     lines = tokenizer.decode(train).splitlines() + tokenizer.decode(held_out).splitlines()
     assert sorted(set(lines) - {"<|endoftext|>"}) == sorted(whole.splitlines())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_long_document_has_one_end_and_is_held_out_as_one(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Those up to a piece's size are encoded as they always were; none is given in one breath."""
+    texts_of = [f"{i} short {'x' * (i % 5)}" for i in range(40)]
+    texts_of += [f"{i} löng\n" + "ünder the sea\n" * (i + 4) + "x" * 150 for i in range(40)]
+    table = pa.table({"text": texts_of})
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts_of))
+    source = [SourceSpec(str(path))]
+    whole = prepared(source, f"{folder}-whole", validation_share=0.3)
+    monkeypatch.setattr(texts, "PIECE_BYTES", 64)
+    given: list[int] = []
+    encode = units._encode
+
+    def watched(job: units.Job, batch: list[Text]) -> Iterator[np.ndarray]:
+        given.extend(len(text.content.encode()) for text in batch)
+        return encode(job, batch)
+
+    monkeypatch.setattr(units, "_encode", watched)
+    cut = prepared(source, folder, validation_share=0.3)
+    assert max(given) <= 64 and len(given) > 3 * len(texts_of)
+    for split in ("train", "validation"):
+        assert len(documents(cut, "rows", split)) > 9
+        assert documents(cut, "rows", split) == documents(whole, "rows", split)
+    assert cut.sources[0].documents == whole.sources[0].documents == 80
+    assert cut.sources[0].text_bytes == whole.sources[0].text_bytes
+
+
+def test_documents_up_to_a_piece_give_the_shards_they_always_gave(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest of them are just a piece: cut in one more place, they would be other tokens."""
+    rows = ["ünder the sea " * 4, "\n" * 64, "a\n\n\n" * 16, "\ufeff \n"]
+    assert max(len(row.encode()) for row in rows) == 64
+    monkeypatch.setattr(texts, "PIECE_BYTES", 64)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    manifest = prepared([SourceSpec(str(path))], folder, validation_share=0.0)
+    plain = load_tokenizer(manifest.tokenizer_folder).backend_tokenizer
+    expected = [token for row in rows for token in (*plain.encode(row).ids, manifest.eot_token)]
+    assert split_tokens(manifest, "rows", "train").tolist() == expected
 
 
 def test_no_share_holds_nothing_out(sources: list[SourceSpec], folder: str) -> None:

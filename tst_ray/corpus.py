@@ -109,7 +109,7 @@ def corpus_begun_with(
     raise ConfigError(
         f"data: {found.folder} holds another corpus (fingerprint {found.fingerprint[:12]}) than "
         f"the run began with ({plan['corpus'][:12]}, {copy}); restore the text, or use another "
-        "run.name (damaged files may be read further than by an older version)"
+        "run.name (an older version read damaged files less far, and long documents uncut)"
     )
 
 

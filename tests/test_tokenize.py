@@ -205,7 +205,7 @@ def test_documents_up_to_a_piece_give_the_shards_they_always_gave(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest of them are just a piece: cut in one more place, they would be other tokens."""
-    rows = ["ünder the sea " * 4, "\n" * 64, "a\n\n\n" * 16, "\ufeff \n"]
+    rows = ["ünder the sea " * 4, "a\n\n\n" * 15 + "abcd", "\n" * 64, "\ufeff \n"]
     assert max(len(row.encode()) for row in rows) == 64
     monkeypatch.setattr(texts, "PIECE_BYTES", 64)
     path = tmp_path / "rows.jsonl"

@@ -31,7 +31,6 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -174,8 +173,8 @@ class TokenReader:
     """Random access to the linear token space of one split of one source.
 
     Reads only the rows that a span touches, checks each row's CRC-32 and token ids as it decodes
-    it, and keeps the most recently used rows decoded. Pickles without its open files and cache.
-    Not for use by several threads at once: give each its own.
+    it, and keeps the most recently used rows decoded. Not for use by several threads at once: give
+    each its own.
     """
 
     max_open_shards = 16  # the footer of one that was closed is read again
@@ -195,21 +194,10 @@ class TokenReader:
         self.cache_rows_bytes = cache_rows_bytes
         self.shards = shards
         self._ends = list(accumulate(shard.tokens for shard in shards))
-        self._forget()
-
-    def _forget(self) -> None:
         self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._rows_bytes = 0
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._place: tuple[pafs.FileSystem, str] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        transient = ("_rows", "_rows_bytes", "_open", "_place")
-        return {name: value for name, value in self.__dict__.items() if name not in transient}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     @property
     def num_tokens(self) -> int:

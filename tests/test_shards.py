@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -122,17 +121,6 @@ def test_spans_outside_the_split_are_refused(prepared: tuple[Manifest, np.ndarra
             reader.read(start, stop)
 
 
-def test_a_reader_travels_without_its_files_and_cache(
-    prepared: tuple[Manifest, np.ndarray],
-) -> None:
-    manifest, train = prepared
-    reader = TokenReader(manifest, "text")
-    unread = len(pickle.dumps(reader))
-    reader.read(0, 333)
-    assert len(pickle.dumps(reader)) == unread
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(reader)).read(0, 333), train)
-
-
 def test_the_cache_keeps_the_rows_used_last_within_its_size(
     prepared: tuple[Manifest, np.ndarray],
 ) -> None:
@@ -171,7 +159,7 @@ def test_an_address_serves_as_a_folder() -> None:
     manifest.save()
     loaded = Manifest.load("memory://shards/here")
     verify_checksums(loaded)
-    reader = pickle.loads(pickle.dumps(TokenReader(loaded, "text")))
+    reader = TokenReader(loaded, "text")
     np.testing.assert_array_equal(reader.read(0, 100), train)
 
 

@@ -29,14 +29,15 @@ from pipelines.bags import fold_bags
 from pipelines.errors import DataError
 from pipelines.order import Order, Spans, rank_slots, rows_per_rank, span_hashes
 from pipelines.permute import Int64
-from pipelines.shards import Manifest, TokenReader
+from pipelines.shards import Held, Manifest, TokenReader
 
 Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 16 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
-_CACHE_BYTES, _LEAST_CACHE_BYTES = 512 << 20, 64 << 20  # rows kept: in all, and of a source
-_OPEN_SHARDS = 256  # of all sources; a file descriptor each, of which a process may have but 1,024
+# What a process holds of all sources together: decoded rows; and open files, a descriptor each, of
+# which it may have but 1,024.
+_CACHE_BYTES, _OPEN_SHARDS = 512 << 20, 256
 # Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8
@@ -368,17 +369,21 @@ def _manifest(folder: str, path: str, fingerprint: str) -> Manifest:
     return manifest
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _reader(folder: str, path: str, fingerprint: str, source: int, window: int) -> TokenReader:
-    """One reader a source and process: its cache of rows serves all tasks that run here.
+    """One reader a source and process, for all tasks that run here."""
+    manifest = _manifest(folder, path, fingerprint)
+    held = _held(folder, path, fingerprint, window)
+    return TokenReader(manifest, manifest.sources[source].name, held=held)
 
-    It should hold the rows that a shuffle window of so many tokens touches: about two for each of
-    its blocks, which seldom begin where a row does.
+
+@lru_cache(maxsize=4)
+def _held(folder: str, path: str, fingerprint: str, window: int) -> Held:
+    """What all readers of a process hold together, however many sources there are.
+
+    It should be the rows that a shuffle window of so many tokens touches in each source: about two
+    for each of its blocks, which seldom begin where a row does.
     """
     manifest = _manifest(folder, path, fingerprint)
-    num_sources = len(manifest.sources)
     wanted = 2 * window * np.dtype(manifest.dtype).itemsize + (16 << 20)
-    held = min(wanted, max(_CACHE_BYTES // num_sources, _LEAST_CACHE_BYTES))
-    reader = TokenReader(manifest, manifest.sources[source].name, cache_rows_bytes=held)
-    reader.max_open_shards = max(_OPEN_SHARDS // num_sources, 4)
-    return reader
+    return Held(min(wanted * len(manifest.sources), _CACHE_BYTES), _OPEN_SHARDS)

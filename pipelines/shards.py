@@ -1,7 +1,7 @@
 """Token shards: the format of a prepared corpus, how it is written and how it is read.
 
     tokens ── ShardWriter.add ──> <source>/<split>-<key>-<part>.parquet
-    Manifest ── TokenReader.read(start, stop) ──> tokens
+    Manifest ── TokenReader.read(start, stop) ──> tokens         rows and files are kept in Held
 
 A prepared folder, on a local path or any URI that pyarrow or fsspec opens:
 
@@ -30,6 +30,7 @@ import hashlib
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from itertools import accumulate
 
 import numpy as np
@@ -169,34 +170,68 @@ class ShardWriter:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class Held:
+    """The rows and the open files that readers used last; one may serve many readers.
+
+    Args:
+        rows_bytes: of decoded rows, in all.
+        num_files: open at once, in all; the footer of one that was closed is read again.
+    """
+
+    def __init__(self, rows_bytes: int = 64 * 2**20, num_files: int = 16) -> None:
+        self.rows_bytes = rows_bytes
+        self.num_files = num_files
+        self.rows: OrderedDict[tuple[Hashable, ...], np.ndarray] = OrderedDict()
+        self.files: OrderedDict[tuple[Hashable, ...], pq.ParquetFile] = OrderedDict()
+        self._bytes = 0
+
+    def row(self, key: tuple[Hashable, ...], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The row of that key, decoded where it is not held."""
+        if key in self.rows:
+            self.rows.move_to_end(key)
+            return self.rows[key]
+        tokens = self.rows[key] = decode()
+        self._bytes += tokens.nbytes
+        while self._bytes > self.rows_bytes and len(self.rows) > 1:
+            self._bytes -= self.rows.popitem(last=False)[1].nbytes
+        return tokens
+
+    def file(
+        self, key: tuple[Hashable, ...], open_it: Callable[[], pq.ParquetFile]
+    ) -> pq.ParquetFile:
+        """The file of that key, opened where it is not held."""
+        if key in self.files:
+            self.files.move_to_end(key)
+            return self.files[key]
+        parquet = self.files[key] = open_it()
+        if len(self.files) > self.num_files:
+            self.files.popitem(last=False)[1].close(force=True)
+        return parquet
+
+
 class TokenReader:
     """Random access to the linear token space of one split of one source.
 
     Reads only the rows that a span touches, checks each row's CRC-32 and token ids as it decodes
-    it, and keeps the most recently used rows decoded. Not for use by several threads at once: give
-    each its own.
+    it, and keeps the rows used last in `held`: its own unless given. Not for use by several threads
+    at once, nor what they hold: give each its own.
     """
-
-    max_open_shards = 16  # the footer of one that was closed is read again
 
     def __init__(
         self,
         manifest: Manifest,
         source_name: str,
         split: str = "train",
-        cache_rows_bytes: int = 64 * 2**20,
+        held: Held | None = None,
     ) -> None:
         shards = manifest.source(source_name).split(split).shards
         self.folder = manifest.folder
         self.dtype = np.dtype(manifest.dtype)
         self.row_tokens = manifest.row_tokens
         self.vocab_size = manifest.vocab_size
-        self.cache_rows_bytes = cache_rows_bytes
         self.shards = shards
         self._ends = list(accumulate(shard.tokens for shard in shards))
-        self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._rows_bytes = 0
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self.held = held or Held()
         self._place: tuple[pafs.FileSystem, str] | None = None
 
     @property
@@ -223,20 +258,17 @@ class TokenReader:
         return tokens
 
     def _row(self, index: int, row: int) -> np.ndarray:
-        if (index, row) in self._rows:
-            self._rows.move_to_end((index, row))
-            return self._rows[index, row]
-        tokens = self._decode(index, row)
-        self._rows[index, row] = tokens
-        self._rows_bytes += tokens.nbytes
-        while self._rows_bytes > self.cache_rows_bytes and len(self._rows) > 1:
-            self._rows_bytes -= self._rows.popitem(last=False)[1].nbytes
-        return tokens
+        return self.held.row((*self._key(index), row), lambda: self._decode(index, row))
+
+    def _key(self, index: int) -> tuple[Hashable, ...]:
+        """What a shard is held by: a file of the same name may be another in another corpus."""
+        shard = self.shards[index]
+        return self.folder, shard.file, shard.sha256
 
     def _decode(self, index: int, row: int) -> np.ndarray:
         shard = self.shards[index]
         where = f"shard {self.folder}/{shard.file}, row {row}"
-        parquet = self._parquet(index)
+        parquet = self.held.file(self._key(index), lambda: self._parquet(index))
         try:
             columns = ["tokens", "crc32"]
             with os_errors():
@@ -276,9 +308,6 @@ class TokenReader:
         return (DataError if altered else Unreadable)(_told(where, error))
 
     def _parquet(self, index: int) -> pq.ParquetFile:
-        if index in self._open:
-            self._open.move_to_end(index)
-            return self._open[index]
         shard = self.shards[index]
         where = f"shard {self.folder}/{shard.file}"
         filesystem, root = self._place = self._place or locate(self.folder)
@@ -291,14 +320,10 @@ class TokenReader:
                     f"{where} has {size} bytes instead of {shard.bytes}; {PREPARE_AGAIN}"
                 )
             with os_errors():
-                parquet = pq.ParquetFile(file)
+                return pq.ParquetFile(file)
         except FileNotFoundError:
             raise DataError(f"{where} is missing; {PREPARE_AGAIN}") from None
         except OSError as error:
             raise self._unreadable(shard, where, error) from None
         except pa.ArrowException as error:
             raise DataError(_told(where, error)) from None
-        self._open[index] = parquet
-        if len(self._open) > self.max_open_shards:
-            self._open.popitem(last=False)[1].close(force=True)
-        return parquet

@@ -243,18 +243,32 @@ def test_a_block_is_as_large_as_its_tokens_take() -> None:
     assert steps["uint16"] == pytest.approx(2 * steps["uint32"], abs=1)
 
 
-def test_readers_of_a_process_hold_a_window_each_and_few_files_together(
-    manifest: Manifest,
+@pytest.mark.parametrize("num_sources", [1, 30])
+def test_readers_of_a_process_hold_no_more_together_for_many_sources(
+    tmp_path: Path, num_sources: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a process's 1,024 files, and of its memory, not all are for reading."""
-    window, path = 1 << 24, f"{manifest.folder}/manifest.json"
-    readers = [
-        ingest._reader(manifest.folder, path, manifest.fingerprint, source, window)
-        for source in range(len(manifest.sources))
-    ]
-    assert all(reader.cache_rows_bytes > 2 * window * 2 for reader in readers)  # uint16
-    assert sum(reader.cache_rows_bytes for reader in readers) <= 512 << 20
-    assert sum(reader.max_open_shards for reader in readers) <= 256
+    row_bytes = 64 * 2
+    monkeypatch.setattr(ingest, "_CACHE_BYTES", 20 * row_bytes)
+    monkeypatch.setattr(ingest, "_OPEN_SHARDS", 8)
+    manifest = write_corpus(tmp_path, *[640] * num_sources, validation=1)
+    where = (manifest.folder, f"{manifest.folder}/manifest.json", manifest.fingerprint)
+    readers = [ingest._reader(*where, source, 1 << 24) for source in range(num_sources)]
+    for _ in range(2):
+        for source, reader in enumerate(readers):
+            np.testing.assert_array_equal(reader.read(0, 640), position_tokens(source, 640))
+    (held,) = {id(reader.held): reader.held for reader in readers}.values()
+    assert sum(row.nbytes for row in held.rows.values()) == min(10 * num_sources, 20) * row_bytes
+    assert len(held.files) == min(num_sources, 8)
+
+
+def test_readers_hold_a_window_of_each_source(manifest: Manifest) -> None:
+    window, path = 1 << 20, f"{manifest.folder}/manifest.json"
+    held = ingest._held(manifest.folder, path, manifest.fingerprint, window)
+    num_sources = len(manifest.sources)
+    assert 2 * window * 2 * num_sources < held.rows_bytes < 100 << 20  # uint16
+    large = ingest._held(manifest.folder, path, manifest.fingerprint, 1 << 28)
+    assert (large.rows_bytes, large.num_files) == (512 << 20, 256)
 
 
 def test_bagging_is_a_ray_data_preprocessor() -> None:

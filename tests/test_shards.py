@@ -17,6 +17,7 @@ import pytest
 from pipelines import shards
 from pipelines.errors import DataError, Unreadable
 from pipelines.shards import (
+    Held,
     Manifest,
     Shard,
     ShardWriter,
@@ -124,23 +125,22 @@ def test_spans_outside_the_split_are_refused(prepared: tuple[Manifest, np.ndarra
 def test_the_cache_keeps_the_rows_used_last_within_its_size(
     prepared: tuple[Manifest, np.ndarray],
 ) -> None:
-    reader = TokenReader(prepared[0], "text", cache_rows_bytes=3 * ROW * 2)
+    reader = TokenReader(prepared[0], "text", held=Held(rows_bytes=3 * ROW * 2))
     decoded = []
     decode = reader._decode
     reader._decode = lambda index, row: decoded.append((index, row)) or decode(index, row)
     for row in (0, 1, 2, 0, 3, 0, 1):
         reader.read(row * ROW, (row + 1) * ROW)
     assert decoded == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 1)]
-    assert reader._rows_bytes == sum(row.nbytes for row in reader._rows.values()) == 3 * ROW * 2
+    assert sum(row.nbytes for row in reader.held.rows.values()) == 3 * ROW * 2
 
 
 def test_few_files_stay_open(prepared: tuple[Manifest, np.ndarray]) -> None:
     manifest, train = prepared
-    reader = TokenReader(manifest, "text", cache_rows_bytes=0)
-    reader.max_open_shards = 2
+    reader = TokenReader(manifest, "text", held=Held(rows_bytes=0, num_files=2))
     np.testing.assert_array_equal(reader.read(0, 333), train)
     np.testing.assert_array_equal(reader.read(0, 333), train)
-    assert len(reader._open) == 2
+    assert len(reader.held.files) == 2
 
 
 def test_a_span_needs_only_its_own_shards(prepared: tuple[Manifest, np.ndarray]) -> None:

@@ -1,6 +1,6 @@
 """The texts in a source's files.
 
-    Unit ── read_unit ──> Text | Unreadable, …         in the files' order
+    Unit ── read_unit ──> Text | LeftOut, …         in the files' order
     Corpora ── sample_texts ──> str, …                 what a tokenizer is trained on
 
 What a document is: a text file, a line of JSON Lines, a row of a Parquet file. Files may be
@@ -48,7 +48,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class LeftOut:
     """A text that cannot be used, or all the texts that are left in a file, and why."""
 
     path: str
@@ -56,14 +56,14 @@ class Unreadable:
     is_rest: bool = False
 
 
-def read_unit(unit: Unit) -> Iterator[Text | Unreadable]:
+def read_unit(unit: Unit) -> Iterator[Text | LeftOut]:
     """Every text of a unit's files, in order. Raises DataError where the storage fails."""
     for file in unit.files:
         yield from read_file(unit.root, file, unit.text_field)
 
 
-def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unreadable]:
-    """The texts of one file; what storage delivers but cannot be decoded is Unreadable.
+def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | LeftOut]:
+    """The texts of one file; what storage delivers but cannot be decoded is LeftOut.
 
     Raises DataError where the storage fails: that is never a reason to leave out a text.
     """
@@ -86,7 +86,7 @@ def read_file(root: str, file: TextFile, text_field: str) -> Iterator[Text | Unr
 
 def _decoded(
     filesystem: pafs.FileSystem, path: str, file: TextFile, text_field: str
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Text | LeftOut]:
     """The texts of a file; where reading fails, read once more, from the same text on.
 
     Whether the file is damaged or the storage failed for a moment, the error alone does not tell.
@@ -113,7 +113,7 @@ def _decoded(
         except MemoryError:  # Arrow's is one of its exceptions, too
             raise
         except (OSError, pa.ArrowException) as error:
-            yield Unreadable(file.path, f"damaged or cut short ({one_line(error)})", is_rest=True)
+            yield LeftOut(file.path, f"damaged or cut short ({one_line(error)})", is_rest=True)
 
 
 def _texts(
@@ -122,7 +122,7 @@ def _texts(
     file: TextFile,
     text_field: str,
     chunk_bytes: int | None = None,
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Text | LeftOut]:
     """The texts of a file. Where that is told, it is read so many bytes at a time, and what comes
     before an error is given before it is raised."""
     kind = file_kind(file.path)
@@ -154,7 +154,7 @@ def _compression(path: str) -> str:
 
 def _pieces(
     filesystem: pafs.FileSystem, path: str, file: TextFile, chunk_bytes: int | None
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Text | LeftOut]:
     """A text file as its pieces; only the last one ends the document."""
     index = 0
     pending = b""
@@ -199,14 +199,14 @@ def _whole_characters(raw: bytes) -> bytes:
     return raw
 
 
-def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text | Unreadable:
+def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text | LeftOut:
     if index == 0:
         raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
     try:
         return Text(path, index, raw.decode("utf-8"), len(raw), ends_document)
     except UnicodeDecodeError as error:
         piece = f"piece {index + 1}: " if index or not ends_document else ""
-        return Unreadable(path, f"{piece}not UTF-8 at byte {error.start} ({error.reason})")
+        return LeftOut(path, f"{piece}not UTF-8 at byte {error.start} ({error.reason})")
 
 
 # ── files of many documents ──────────────────────────────────────────────────────────────────────
@@ -214,7 +214,7 @@ def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text |
 
 def _json_lines(
     filesystem: pafs.FileSystem, path: str, file: TextFile, field: str, chunk_bytes: int
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Text | LeftOut]:
     with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
         for index, line in enumerate(io.BufferedReader(stream, chunk_bytes)):
             if not line.strip():
@@ -223,7 +223,7 @@ def _json_lines(
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Unreadable(file.path, f"{where}: not JSON ({one_line(error)})")
+                yield LeftOut(file.path, f"{where}: not JSON ({one_line(error)})")
                 continue
             value = row.get(field) if isinstance(row, dict) else None
             yield from _field_text(file.path, index, value, where, field)
@@ -231,7 +231,7 @@ def _json_lines(
 
 def _parquet_rows(
     filesystem: pafs.FileSystem, path: str, file: TextFile, field: str
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Text | LeftOut]:
     with filesystem.open_input_file(path) as stream:
         parquet = pq.ParquetFile(stream)
         names = parquet.schema_arrow.names
@@ -239,7 +239,7 @@ def _parquet_rows(
         if field not in names:
             if start == 0:  # of a file that is read in parts, the first one says so
                 reason = f"no column {field!r} (text_field); it has {', '.join(names)}"
-                yield Unreadable(file.path, reason, is_rest=True)
+                yield LeftOut(file.path, reason, is_rest=True)
             return
         index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         groups = range(start, stop)
@@ -263,19 +263,19 @@ def _undecoded(column: pa.Array) -> pa.Array:
 
 def _field_text(
     path: str, index: int, value: object, where: str, field: str
-) -> Iterable[Text | Unreadable]:
+) -> Iterable[Text | LeftOut]:
     """The text of one line or row, or its pieces: nothing for an empty one."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            return [Unreadable(path, f"{where}: not UTF-8 at byte {error.start} ({error.reason})")]
+            return [LeftOut(path, f"{where}: not UTF-8 at byte {error.start} ({error.reason})")]
     if not isinstance(value, str):
-        return [Unreadable(path, f"{where}: no text in field {field!r} (text_field)")]
+        return [LeftOut(path, f"{where}: no text in field {field!r} (text_field)")]
     try:
         raw = value.encode("utf-8")
     except UnicodeEncodeError:
-        return [Unreadable(path, f"{where}: a lone surrogate, which is not text")]
+        return [LeftOut(path, f"{where}: a lone surrogate, which is not text")]
     return _cut_up(path, index, raw) if raw else []
 
 

@@ -35,7 +35,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
 from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, read_bytes, write_atomically
-from pipelines.texts import Unreadable, read_file, sample_texts
+from pipelines.texts import LeftOut, read_file, sample_texts
 from pipelines.tokenizer import (
     TRAIN,
     is_whole,
@@ -285,7 +285,7 @@ def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], No
     if first is None:
         corpus = corpora[0]
         found = read_file(corpus.root, corpus.files[0], corpus.text_field)
-        reasons = (f"{text.path}: {text.reason}" for text in found if isinstance(text, Unreadable))
+        reasons = (f"{text.path}: {text.reason}" for text in found if isinstance(text, LeftOut))
         why = next(reasons, f"{corpus.files[0].path}: no text in it")
         raise DataError(
             f"source {corpus.root}: nothing to train a tokenizer on, such as {why}; "

@@ -27,7 +27,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.manifest import SPLITS, Shard, damaged_shards
 from pipelines.shards import ShardWriter
 from pipelines.storage import below, locate, read_bytes, write_atomically
-from pipelines.texts import Text, Unreadable, read_unit
+from pipelines.texts import LeftOut, Text, read_unit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,13 +105,13 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
 
 
 def _batches(
-    texts: Iterable[Text | Unreadable], job: Job, unit: Unit, record: Record
+    texts: Iterable[Text | LeftOut], job: Job, unit: Unit, record: Record
 ) -> Iterator[list[Text]]:
     """The readable texts, a few MiB together; the others are counted, or refused."""
     batch: list[Text] = []
     num_bytes = 0
     for text in texts:
-        if isinstance(text, Unreadable):
+        if isinstance(text, LeftOut):
             if job.undecodable == "refuse":
                 raise DataError(
                     f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "

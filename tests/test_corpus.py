@@ -30,7 +30,7 @@ from pipelines.corpus import (
 )
 from pipelines.errors import DataError
 from pipelines.storage import locate
-from pipelines.texts import Text, Unreadable, read_file, read_unit, sample_texts
+from pipelines.texts import LeftOut, Text, read_file, read_unit, sample_texts
 
 
 def found(path: str, **options: str) -> Corpus:
@@ -41,17 +41,17 @@ def paths(path: str) -> list[str]:
     return [file.path for file in found(path).files]
 
 
-def read(path: Path, **options: str) -> list[Text | Unreadable]:
+def read(path: Path, **options: str) -> list[Text | LeftOut]:
     source = found(str(path), **options)
     return list(read_file(source.root, source.files[0], source.text_field))
 
 
-def contents(items: list[Text | Unreadable]) -> list[str]:
+def contents(items: list[Text | LeftOut]) -> list[str]:
     return [item.content for item in items if isinstance(item, Text)]
 
 
-def reasons(items: list[Text | Unreadable]) -> list[str]:
-    return [item.reason for item in items if isinstance(item, Unreadable)]
+def reasons(items: list[Text | LeftOut]) -> list[str]:
+    return [item.reason for item in items if isinstance(item, LeftOut)]
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ def test_a_long_line_is_cut_between_characters(
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
     assert read(tmp_path / "a.txt") == [
-        Unreadable("a.txt", "not UTF-8 at byte 2 (invalid start byte)")
+        LeftOut("a.txt", "not UTF-8 at byte 2 (invalid start byte)")
     ]
 
 
@@ -571,7 +571,7 @@ def test_a_row_of_parquet_is_a_document(tmp_path: Path) -> None:
     items = read(tmp_path / "a.parquet")
     assert items == [
         Text("a.parquet", 0, "one", 3),
-        Unreadable("a.parquet", "row 2: no text in field 'text' (text_field)"),
+        LeftOut("a.parquet", "row 2: no text in field 'text' (text_field)"),
         Text("a.parquet", 3, "two", 3),
     ]
     assert reasons(read(tmp_path / "a.parquet", text_field="body")) == [
@@ -600,7 +600,7 @@ def test_what_comes_before_the_damage_is_kept(tmp_path: Path, kind: str, how: st
     content = content[:-5000] if how == "cut short" else content + b"\0" * 512
     (tmp_path / f"a{kind}.gz").write_bytes(content)
     items = read(tmp_path / f"a{kind}.gz")
-    (rest,) = (item for item in items if isinstance(item, Unreadable))
+    (rest,) = (item for item in items if isinstance(item, LeftOut))
     assert rest.reason.startswith("damaged or cut short") and rest.is_rest
     read_bytes = sum(len(item.encode()) for item in contents(items))
     expected = (
@@ -643,7 +643,7 @@ def test_text_is_never_left_out_because_storage_failed_for_a_moment(
     assert len(expected) == 4
     truly, failed = texts._texts, []
 
-    def fails_midway(*args: Any) -> Iterator[Text | Unreadable]:
+    def fails_midway(*args: Any) -> Iterator[Text | LeftOut]:
         for number, text in enumerate(truly(*args)):
             if number == 2 and not failed:
                 failed.append(number)
@@ -656,7 +656,7 @@ def test_text_is_never_left_out_because_storage_failed_for_a_moment(
 
 
 def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*args: Any) -> Iterator[Text | Unreadable]:
+    def too_large(*args: Any) -> Iterator[Text | LeftOut]:
         yield Text("a.txt", 0, "text", 4, False)
         raise pa.ArrowMemoryError("malloc of size 4294967296 failed")
 

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from pipelines.errors import DataError, Unreadable, one_line
-from pipelines.storage import locate, os_errors, read_bytes, write_atomically
+from pipelines.storage import listed, locate, os_errors, read_bytes, write_atomically
 
 FORMAT, VERSION = "token-shards", 1
 SPLITS = ("train", "validation")
@@ -216,7 +214,7 @@ def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
 
     Sizes are always compared, by listing each source's folder once instead of asking for every
     file: one request for thousands. Where that is cheap, SHA-256 too; else the CRC-32 of each row
-    finds an alteration when the row is read.
+    finds an alteration when the row is read. Raises Unreadable where storage fails.
     """
     sizes = _sizes(folder, shards)
     whole = sum(shard.bytes for shard in shards) <= VERIFY_WHOLE_BYTES
@@ -224,7 +222,11 @@ def damaged_shards(folder: str, shards: list[Shard]) -> dict[str, str]:
     for shard in shards:
         problem = _size_problem(shard, sizes.get(shard.file))
         if problem is None and whole:
-            problem = checksum_problem(folder, shard)
+            try:
+                problem = checksum_problem(folder, shard)
+            except OSError as error:
+                where = f"shard {folder}/{shard.file}"
+                raise Unreadable(f"{where}: cannot be read ({one_line(error)})") from error
         if problem is not None:
             problems[shard.file] = problem
     return problems
@@ -234,8 +236,7 @@ def _sizes(folder: str, shards: list[Shard]) -> dict[str, int]:
     filesystem, root = locate(folder)
     sizes: dict[str, int] = {}
     for name in sorted({os.path.dirname(shard.file) for shard in shards}):
-        selector = pafs.FileSelector(f"{root}/{name}", allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
+        for info in listed(filesystem, f"{root}/{name}"):
             sizes[f"{name}/{info.base_name}"] = info.size
     return sizes
 

@@ -109,6 +109,16 @@ def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
         raise OSError(one_line(error)) from error
 
 
+def listed(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
+    """What is in a folder: nothing where there is none. Raises Unreadable where storage fails."""
+    try:
+        with os_errors():
+            infos = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+            return list(infos)
+    except (OSError, pa.ArrowException) as error:
+        raise Unreadable(f"{folder}: cannot be listed ({one_line(error)})") from error
+
+
 def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
     """Write a whole file so that no reader ever sees a part of it. Raises DataError.
 

@@ -31,7 +31,7 @@ from pipelines.corpus import (
     plan_units,
     source_root,
 )
-from pipelines.errors import DataError, one_line
+from pipelines.errors import DataError, Unreadable, one_line
 from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
 from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, read_bytes, write_atomically
@@ -300,13 +300,16 @@ def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], No
 def _recorded_tokenizer(folder: str, settings: dict[str, Any]) -> _Recorded | None:
     """The tokenizer that an earlier preparation left here, if there was one.
 
-    Raises DataError where that one had other settings: its shards are not for us to replace.
+    Raises DataError where that one had other settings: its shards are not for us to replace; and
+    Unreadable where storage fails.
     """
     try:
         before = _preparation(folder)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise Unreadable(f"{folder}/{PREPARATION}: cannot be read ({one_line(error)})") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}/{PREPARATION}: cannot be read ({one_line(error)}); "
             "prepare in another folder, or delete this one"

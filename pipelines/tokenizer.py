@@ -95,12 +95,16 @@ def _local_copy(name: str) -> Iterator[str]:
         expanded = os.path.expanduser(name)
         if name.startswith(("/", ".", "~")) and not os.path.isdir(expanded):
             raise FileNotFoundError("no such folder")
+        if os.path.isdir(inner := f"{expanded}/tokenizer") and os.path.isfile(
+            f"{expanded}/manifest.json"
+        ):
+            raise IsADirectoryError(f"a folder of shards, whose tokenizer is {inner}")
         yield expanded
         return
     filesystem, root = locate(name)
     with tempfile.TemporaryDirectory() as folder:
         for info in filesystem.get_file_info(pafs.FileSelector(root)):
-            if _TOKENIZER_FILES.fullmatch(info.base_name):
+            if info.type == pafs.FileType.File and _TOKENIZER_FILES.fullmatch(info.base_name):
                 with open(f"{folder}/{info.base_name}", "wb") as copy:
                     copy.write(read_bytes(filesystem, info.path))
         yield folder
@@ -142,8 +146,9 @@ def tokenizer_identity(name: str, vocab_size: int) -> dict[str, Any]:
         return {"name": name}
     digest = hashlib.sha256()
     for file in sorted(filter(_TOKENIZER_FILES.fullmatch, os.listdir(folder))):
-        with open(f"{folder}/{file}", "rb") as stream:
-            digest.update(f"{file}\n".encode() + hashlib.sha256(stream.read()).digest())
+        if os.path.isfile(path := f"{folder}/{file}"):
+            with open(path, "rb") as stream:
+                digest.update(f"{file}\n".encode() + hashlib.sha256(stream.read()).digest())
     return {"name": folder, "files": digest.hexdigest()}
 
 

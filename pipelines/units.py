@@ -20,13 +20,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.fs as pafs
 
 from pipelines.corpus import Unit, is_held_out
-from pipelines.errors import DataError, one_line
+from pipelines.errors import DataError, Unreadable, one_line
 from pipelines.manifest import SPLITS, Shard, damaged_shards
 from pipelines.shards import ShardWriter
-from pipelines.storage import below, locate, read_bytes, write_atomically
+from pipelines.storage import below, listed, locate, read_bytes, write_atomically
 from pipelines.texts import LeftOut, Text, read_unit
 
 if TYPE_CHECKING:
@@ -131,12 +130,27 @@ def _batches(
         yield batch
 
 
+def _paths(texts: list[Text]) -> str:
+    """The first file that texts are from, and how many more."""
+    first, *others = dict.fromkeys(text.path for text in texts)
+    return f"{first} or {len(others)} other files" if others else first
+
+
 def _encode(job: Job, texts: list[Text]) -> Iterator[np.ndarray]:
     """Each text's token ids [n], with the end-of-text token where its document ends."""
     encoder = _encoder(job.tokenizer_json)
-    encodings = encoder.encode_batch_fast(
-        [text.content for text in texts], add_special_tokens=False
-    )
+    try:
+        encodings = encoder.encode_batch_fast(
+            [text.content for text in texts], add_special_tokens=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # its library raises bare ones
+        raise DataError(
+            f"tokenizer {job.folder}/tokenizer: cannot encode {_paths(texts)} "
+            f"({one_line(error)}); set data.tokenizer to one that knows every character, or has a "
+            "token for the unknown"
+        ) from error
     for text, encoding in zip(texts, encodings, strict=True):
         ids = encoding.ids
         if text.ends_document:
@@ -195,16 +209,19 @@ def _record_path(root: str, key: str) -> str:
 
 
 def finished_records(folder: str) -> dict[str, Record]:
-    """The records in a folder, by key; a damaged one does not count as finished."""
+    """The records in a folder, by key; a damaged one does not count as finished.
+
+    Raises Unreadable where storage fails.
+    """
     filesystem, root = locate(folder)
-    selector = pafs.FileSelector(f"{root}/units", allow_not_found=True)
-    paths = [
-        info.path for info in filesystem.get_file_info(selector) if info.path.endswith(".json")
-    ]
+    infos = listed(filesystem, f"{root}/units")
+    paths = [info.path for info in infos if info.path.endswith(".json")]
 
     def read(path: str) -> Record | None:
         try:
             record = json.loads(read_bytes(filesystem, path))
+        except OSError as error:
+            raise Unreadable(f"{path}: cannot be read ({one_line(error)})") from error
         except ValueError:
             return None
         return record if isinstance(record, dict) and "key" in record else None

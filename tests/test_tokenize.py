@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines import corpus, texts, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
-from pipelines.errors import DataError
-from pipelines.manifest import Manifest, verify_checksums
+from pipelines.errors import DataError, Unreadable
+from pipelines.manifest import Manifest, verify_checksums, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
 from pipelines.tokenize import prepare, prepared_folder
@@ -621,6 +622,72 @@ def test_a_folder_without_a_tokenizer_is_refused(
     with pytest.raises(DataError) as error:
         prepared(sources, folder, tokenizer=str(tmp_path / "books"))
     assert "books: cannot be loaded" in told(error)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_a_tokenizer_that_does_not_know_every_character_is_told(
+    sources: list[SourceSpec], folder: str, tmp_path: Path, kind: str
+) -> None:
+    """Its library raises a bare Exception of a text that it cannot encode."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<end>": 0, "sea": 1}
+    scores = [("<end>", 0.0), ("s", -1.0)]
+    plain = Tokenizer(models.WordLevel(words) if kind == "WordLevel" else models.Unigram(scores))
+    own = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>")
+    own.save_pretrained(tmp_path / "own")
+    with pytest.raises(DataError) as error:
+        prepared(sources[1:], folder, tokenizer=str(tmp_path / "own"))
+    assert "tokenizer: cannot encode web.jsonl (" in told(error)
+    assert "set data.tokenizer to one that knows every character" in told(error)
+
+
+def test_a_folder_of_shards_is_not_taken_for_a_tokenizer(
+    sources: list[SourceSpec], folder: str
+) -> None:
+    prepared(sources, folder)
+    with pytest.raises(DataError) as error:
+        prepared(sources, f"{folder}-2", tokenizer=folder)
+    assert f"a folder of shards, whose tokenizer is {folder}/tokenizer); name" in told(error)
+    named = prepared(sources, f"{folder}-2", tokenizer=f"{folder}/tokenizer")
+    assert named.tokenizer_fingerprint == Manifest.load(folder).tokenizer_fingerprint
+
+
+class Unavailable(Exception):
+    """What a client of an object store raises."""
+
+
+@pytest.mark.parametrize("what", ["books", "units", "record", "shard", "choices"])
+def test_shards_that_cannot_be_looked_at_are_told_in_a_line(
+    sources: list[SourceSpec], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that fails says nothing of what is finished: another try may go well."""
+    folder = f"memory://shards-of-{what}/here"
+    manifest = prepared(sources, folder)
+    there = fsspec.filesystem("memory")
+    there.rm(f"/shards-of-{what}/here/manifest.json")
+    refused, method = {
+        "books": ("/here/books$", "find"),
+        "units": ("/here/units$", "find"),
+        "record": (r"/units/.*\.json$", "_open"),
+        "shard": (r"\.parquet$", "_open"),
+        "choices": (r"/preparation\.json$", "_open"),
+    }[what]
+    whole = getattr(MemoryFileSystem, method)
+
+    def refuses(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        if re.search(refused, path) and options.get("mode", "rb") == "rb":
+            raise Unavailable("503\nslow down")
+        return whole(self, path, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, method, refuses)
+    if what in ("books", "shard"):
+        with pytest.raises(Unreadable, match=r"cannot be (listed|read) \(503 slow down\)$"):
+            verify_shards(manifest)
+    with pytest.raises(Unreadable, match=r"cannot be (listed|read) \(503 slow down\)$") as error:
+        prepared(sources, folder)
+    told(error)
 
 
 def test_shards_of_another_tokenizer_are_told(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from pipelines.storage import below, locate, os_errors
 
 PIECE_BYTES = 2**20
 SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged; up to so many before it are lost
+MOST_UNREAD = 4_000  # texts in vain before a source is given up
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 
 
@@ -297,19 +299,38 @@ def sample_texts(corpora: Sequence[Corpus], limit: int) -> Iterator[str]:
 
     A file gives at most what each would give if all gave the same, but at least 64 Ki: of many
     small files some are taken whole, of a few big ones each gives its beginning.
+
+    Raises DataError for a source that gives none, though thousands were tried, from several files
+    where it has them: with a wrong `text_field`, say, the whole of it would tell no more.
     """
     for corpus in corpora:
-        left = limit // len(corpora)
-        quota = max(2**16, left // len(corpus.files))
-        for file in sorted(corpus.files, key=lambda file: draw("sample", file.path)):
-            if left <= 0:
-                break
-            taken = 0
-            for text in read_file(corpus.root, file, corpus.text_field):
-                if isinstance(text, Text):
-                    content = text.content[: quota - taken]
-                    taken += len(content)
-                    yield content
+        yield from _sample(corpus, limit // len(corpora))
+
+
+def _sample(corpus: Corpus, left: int) -> Iterator[str]:
+    quota = max(2**16, left // len(corpus.files))
+    patience = math.ceil(MOST_UNREAD / min(len(corpus.files), 8))
+    num_unread, is_any_good = 0, False
+    for file in sorted(corpus.files, key=lambda file: draw("sample", file.path)):
+        if left <= 0:
+            break
+        taken = num_here = 0
+        for text in read_file(corpus.root, file, corpus.text_field):
+            if isinstance(text, Text):
+                is_any_good = True
+                content = text.content[: quota - taken]
+                taken += len(content)
+                yield content
                 if taken >= quota:
                     break
-            left -= taken
+            elif not is_any_good:
+                num_here, num_unread = num_here + 1, num_unread + 1
+                if num_unread >= MOST_UNREAD:
+                    raise DataError(
+                        f"source {corpus.root}: none of the first {num_unread:,} texts can be "
+                        f"read, such as {text.path}: {text.reason}; correct its text_field in "
+                        "data.sources, or name files of UTF-8 text"
+                    )
+                if num_here >= patience:  # of this file; another may be better
+                    break
+        left -= taken

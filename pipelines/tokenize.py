@@ -231,6 +231,9 @@ def _own_tokenizer(
     if recorded is not None and (own := _loaded(place, recorded)) is not None:
         return own
     made = _trained(corpora, vocab_size, log) if name == TRAIN else load_tokenizer(name)
+    if name != TRAIN and recorded is None:  # training has read of each source already
+        for corpus in corpora:
+            next(sample_texts([corpus], 1), None)
     if recorded is None or recorded.fits(made):
         save_tokenizer(made, place)
     own = load_tokenizer(place) if recorded is None else _loaded(place, recorded)

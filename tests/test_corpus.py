@@ -725,3 +725,35 @@ def test_a_sample_is_spread_and_the_same_every_time(tmp_path: Path) -> None:
     assert 198_000 <= sum(map(len, small)) <= 202_000
     assert len({text[0] for text in small}) > 20
     assert [len(text) for text in big] == [200_000 // 3] * 3
+
+
+@pytest.mark.parametrize("num_files", [1, 3, 50])
+def test_a_source_whose_first_texts_cannot_be_read_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
+) -> None:
+    """A wrong text_field is told before all of the source was read."""
+    monkeypatch.setattr(texts, "MOST_UNREAD", 40)
+    line = json.dumps({"content": "text"}) + "\n"
+    for i in range(num_files):
+        (tmp_path / f"{i}.jsonl").write_text(line * 2_000)
+    read_ = Mock(side_effect=texts._field_text)
+    monkeypatch.setattr(texts, "_field_text", read_)
+    told = r"none of the first 40 texts can be read, such as \d+\.jsonl: line \d+: no text in field"
+    with pytest.raises(DataError, match=rf"{told}.*; correct its text_field in data\.sources"):
+        list(sample_texts([found(str(tmp_path))], 1_000))
+    assert read_.call_count == 40
+    assert "text" in sample_texts([found(str(tmp_path), text_field="content")], 40)
+
+
+def test_a_source_that_begins_badly_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad file is left for another, and what follows a good text may be bad."""
+    monkeypatch.setattr(texts, "MOST_UNREAD", 40)
+    bad, good = "not JSON\n", json.dumps({"text": "text"}) + "\n"
+    for i in range(8):
+        (tmp_path / f"{i}.jsonl").write_text(bad * 2_000)
+    first = sorted(found(str(tmp_path)).files, key=lambda file: corpus.draw("sample", file.path))
+    (tmp_path / first[6].path).write_text(bad * 4 + good + bad * 100 + good)
+    (tmp_path / first[7].path).write_text(good)
+    assert list(sample_texts([found(str(tmp_path))], 1_000)) == ["text"] * 3

@@ -497,6 +497,20 @@ def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> 
         Manifest.load(folder)
 
 
+@pytest.mark.parametrize("how", ["trained", "named"])
+def test_a_wrong_text_field_is_told_before_anything_is_tokenized(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], how: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(texts, "MOST_UNREAD", 9)
+    save_tokenizer(train_tokenizer(["some text"], 270), str(tmp_path / "own"))
+    wrong = [sources[0], replace(sources[1], text_field="text")]
+    with pytest.raises(DataError) as error:
+        prepared(wrong, folder, tokenizer="train" if how == "trained" else str(tmp_path / "own"))
+    assert "none of the first 9 texts can be read, such as web.jsonl: line 9: no" in told(error)
+    assert tokenized == []
+
+
 def test_files_are_counted_apart_from_texts_and_named(tmp_path: Path, folder: str) -> None:
     (tmp_path / "rows").mkdir()
     for name, column, rows in (("good", "text", 900), ("other", "body", 700)):

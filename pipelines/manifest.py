@@ -124,9 +124,33 @@ class Manifest:
                 f"{where}: not a manifest of {FORMAT} version {VERSION}; {PREPARE_AGAIN}"
             )
         try:
-            return cls._from_json(folder, content)
+            manifest = cls._from_json(folder, content)
+            problem = manifest._miscounted()
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: misses or misspells {error}; {PREPARE_AGAIN}") from None
+        if problem is not None:
+            raise DataError(f"{where}: {problem}; {PREPARE_AGAIN}")
+        return manifest
+
+    def _miscounted(self) -> str | None:
+        """Which numbers of tokens disagree; None where all agree.
+
+        They decide the order of training, and are in no checksum.
+        """
+        if self.row_tokens < 1:
+            return f"row_tokens = {self.row_tokens}: must be at least 1"
+        for source in self.sources:
+            for name in SPLITS:
+                split = source.split(name)
+                if split.tokens != (held := sum(shard.tokens for shard in split.shards)):
+                    return (
+                        f"{source.name}: has {held} {name} tokens in its shards, not {split.tokens}"
+                    )
+        for shard in self.shards():
+            rows = -(-shard.tokens // self.row_tokens)
+            if shard.rows != rows:
+                return f"{shard.file}: {shard.tokens} tokens are {rows} rows, not {shard.rows}"
+        return None
 
     @classmethod
     def _from_json(cls, folder: str, content: dict[str, Any]) -> Manifest:

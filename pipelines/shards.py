@@ -308,6 +308,7 @@ class TokenReader:
         return (DataError if altered else Unreadable)(_told(where, error))
 
     def _parquet(self, index: int) -> pq.ParquetFile:
+        """A shard's file. Raises DataError where it has other rows than the manifest says."""
         shard = self.shards[index]
         where = f"shard {self.folder}/{shard.file}"
         filesystem, root = self._place = self._place or locate(self.folder)
@@ -320,10 +321,19 @@ class TokenReader:
                     f"{where} has {size} bytes instead of {shard.bytes}; {PREPARE_AGAIN}"
                 )
             with os_errors():
-                return pq.ParquetFile(file)
+                parquet = pq.ParquetFile(file)
         except FileNotFoundError:
             raise DataError(f"{where} is missing; {PREPARE_AGAIN}") from None
         except OSError as error:
             raise self._unreadable(shard, where, error) from None
         except pa.ArrowException as error:
             raise DataError(_told(where, error)) from None
+        rows = parquet.num_row_groups
+        last = parquet.metadata.row_group(rows - 1).column(0).num_values if rows else 0
+        # Of a row before the last one, the length is looked at when it is read.
+        if (rows - 1) * self.row_tokens + last != shard.tokens:
+            raise DataError(
+                f"{where} has {rows} rows, the last of {last} tokens, instead of {shard.tokens} "
+                f"tokens in rows of {self.row_tokens}; {PREPARE_AGAIN}"
+            )
+        return parquet

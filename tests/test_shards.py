@@ -248,8 +248,14 @@ def test_shards_of_another_dtype_or_row_length_are_refused(
     prepared: tuple[Manifest, np.ndarray],
 ) -> None:
     manifest, _ = prepared
-    for other in (replace(manifest, dtype="uint32"), replace(manifest, row_tokens=ROW - 1)):
-        with pytest.raises(DataError, match="row 0 has 16 uint16 tokens instead of"):
+    for other, told in (
+        (replace(manifest, dtype="uint32"), "row 0 has 16 uint16 tokens instead of 16 uint32"),
+        (
+            replace(manifest, row_tokens=ROW - 1),
+            "last of 16 tokens, instead of 64 .* of 15",
+        ),
+    ):
+        with pytest.raises(DataError, match=told):
             TokenReader(other, "text").read(0, 1)
 
 
@@ -295,6 +301,48 @@ def test_bad_manifests_are_told_in_one_line(prepared: tuple[Manifest, np.ndarray
         with pytest.raises(DataError, match=told) as error:
             Manifest.load(manifest.folder)
         one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("split", "shard", "told"),
+    [
+        ({"tokens": 300}, {}, "text: has 333 train tokens in its shards, not 300"),
+        ({"tokens": 349}, {"tokens": 80}, "80 tokens are 5 rows, not 4"),
+        ({"tokens": 317}, {"tokens": 48}, "48 tokens are 3 rows, not 4"),
+    ],
+)
+def test_numbers_of_tokens_that_disagree_are_refused(
+    prepared: tuple[Manifest, np.ndarray], split: dict[str, int], shard: dict[str, int], told: str
+) -> None:
+    """They decide what is trained on when, but are in no fingerprint."""
+    prepared[0].save()
+    path = Path(prepared[0].folder, "manifest.json")
+    content = json.loads(path.read_text())
+    content["sources"][0]["train"].update(split)
+    content["sources"][0]["train"]["shards"][0].update(shard)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"manifest\.json: .*{told}") as error:
+        Manifest.load(prepared[0].folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 48), (4, 63), (5, 65)])
+def test_a_manifest_that_disagrees_with_its_shards_is_refused(
+    prepared: tuple[Manifest, np.ndarray], rows: int, tokens: int
+) -> None:
+    """Also where another row is read than the one that would tell."""
+    manifest, _ = prepared
+    source = manifest.sources[0]
+    first, *others = source.train.shards
+    wrong = Split.of((replace(first, rows=rows, tokens=tokens), *others))
+    edited = replace(manifest, sources=(replace(source, train=wrong),))
+    edited.save()
+    loaded = Manifest.load(manifest.folder)
+    with pytest.raises(
+        DataError, match=rf"{first.file} has 4 rows, the last of 16 tokens"
+    ) as error:
+        TokenReader(loaded, "text").read(0, 5)
+    one_line(error)
 
 
 def test_a_path_that_storage_refuses_is_not_called_bad_json(

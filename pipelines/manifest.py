@@ -1,7 +1,7 @@
 """What a prepared folder holds, and whether it still does.
 
 manifest.json ── Manifest.load ──> Manifest: sources → splits → shards
-                                      └── verify_sizes, verify_checksums
+                                      └── verify_shards
 """
 
 from __future__ import annotations
@@ -289,22 +289,3 @@ def verify_shards(manifest: Manifest) -> None:
     """Check every shard (see `damaged_shards`). Raises DataError naming the first that fails."""
     for file, problem in damaged_shards(manifest.folder, list(manifest.shards())).items():
         raise DataError(f"shard {manifest.folder}/{file} {problem}; {PREPARE_AGAIN}")
-
-
-def verify_sizes(manifest: Manifest) -> None:
-    """Check that every shard exists with its size. Raises DataError naming the first that fails."""
-    shards = list(manifest.shards())
-    sizes = _sizes(manifest.folder, shards)
-    for shard in shards:
-        problem = _size_problem(shard, sizes.get(shard.file))
-        if problem is not None:
-            raise DataError(f"shard {manifest.folder}/{shard.file} {problem}; {PREPARE_AGAIN}")
-
-
-def verify_checksums(manifest: Manifest) -> None:
-    """Check the SHA-256 of every shard: reads the whole corpus. Raises DataError."""
-    verify_sizes(manifest)
-    for shard in manifest.shards():
-        problem = checksum_problem(manifest.folder, shard)
-        if problem is not None:
-            raise DataError(f"shard {manifest.folder}/{shard.file} {problem}; {PREPARE_AGAIN}")

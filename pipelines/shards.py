@@ -47,8 +47,6 @@ from pipelines.manifest import (
     Source,
     Split,
     checksum_problem,
-    verify_checksums,
-    verify_sizes,
 )
 from pipelines.storage import locate, os_errors, write_atomically
 
@@ -61,8 +59,6 @@ __all__ = [
     "Source",
     "Split",
     "TokenReader",
-    "verify_checksums",
-    "verify_sizes",
 ]
 
 MAX_SHARD_TOKENS = 2**25

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.manifest import Manifest, verify_checksums
+from pipelines.manifest import Manifest, verify_shards
 from tests.test_runs import SETTINGS, write_text
 from tests.test_tokenize import number_shards
 from tst_ray.cli import main
@@ -339,7 +339,7 @@ def test_shards_that_are_made_again_under_other_names_are_those_of_the_run(
     shutil.copy(folder / "manifest.json", run / "manifest.json")
     first_shard(folder).unlink()
     assert main(["run", *args]) == 0
-    verify_checksums(Manifest.load(str(folder), str(run / "manifest.json")))
+    verify_shards(Manifest.load(str(folder), str(run / "manifest.json")))
 
 
 def test_shards_of_another_tokenizer(capsys: Capsys, tmp_path: Path, copied: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from pipelines import shards
 from pipelines.errors import DataError, Unreadable
+from pipelines.manifest import verify_shards
 from pipelines.shards import (
     Held,
     Manifest,
@@ -24,8 +25,6 @@ from pipelines.shards import (
     Source,
     Split,
     TokenReader,
-    verify_checksums,
-    verify_sizes,
 )
 from pipelines.storage import locate, write_atomically
 
@@ -158,7 +157,7 @@ def test_an_address_serves_as_a_folder() -> None:
     manifest = manifest_of("memory://shards/here", train, tokens_of(3))
     manifest.save()
     loaded = Manifest.load("memory://shards/here")
-    verify_checksums(loaded)
+    verify_shards(loaded)
     reader = TokenReader(loaded, "text")
     np.testing.assert_array_equal(reader.read(0, 100), train)
 
@@ -167,21 +166,21 @@ def test_an_address_serves_as_a_folder() -> None:
 
 
 def test_whole_shards_pass(prepared: tuple[Manifest, np.ndarray]) -> None:
-    verify_sizes(prepared[0])
-    verify_checksums(prepared[0])
+    verify_shards(prepared[0])
 
 
 def test_a_shard_cut_short_is_named_with_both_sizes(
-    prepared: tuple[Manifest, np.ndarray],
+    prepared: tuple[Manifest, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, _ = prepared
     shard = manifest.source("text").train.shards[2]
     path = Path(manifest.folder, shard.file)
     path.write_bytes(path.read_bytes()[:-10])
     expected = f"{shard.file} has {shard.bytes - 10} bytes instead of {shard.bytes}; run `tst-ray"
-    for check in (verify_sizes, verify_checksums):
+    for limit in (0, 1 << 30):  # up to it, shards are read whole
+        monkeypatch.setattr("pipelines.manifest.VERIFY_WHOLE_BYTES", limit)
         with pytest.raises(DataError) as error:
-            check(manifest)
+            verify_shards(manifest)
         assert expected in one_line(error)
     with pytest.raises(DataError) as error:
         TokenReader(manifest, "text").read(0, 333)
@@ -193,7 +192,7 @@ def test_a_missing_shard_is_named(prepared: tuple[Manifest, np.ndarray]) -> None
     shard = manifest.source("text").validation.shards[0]
     Path(manifest.folder, shard.file).unlink()
     with pytest.raises(DataError, match=f"{shard.file} is missing; run"):
-        verify_sizes(manifest)
+        verify_shards(manifest)
 
 
 def test_every_altered_byte_is_found(prepared: tuple[Manifest, np.ndarray]) -> None:
@@ -208,7 +207,7 @@ def test_every_altered_byte_is_found(prepared: tuple[Manifest, np.ndarray]) -> N
         flipped[position] ^= 0x10
         path.write_bytes(bytes(flipped))
         with pytest.raises(DataError, match="SHA-256"):
-            verify_checksums(manifest)
+            verify_shards(manifest)
         try:
             tokens = TokenReader(manifest, "text").read(0, SHARD)
             np.testing.assert_array_equal(tokens, train[:SHARD])

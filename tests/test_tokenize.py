@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines import corpus, texts, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
 from pipelines.errors import DataError, Unreadable
-from pipelines.manifest import Manifest, verify_checksums, verify_shards
+from pipelines.manifest import Manifest, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
 from pipelines.tokenize import prepare, prepared_folder
@@ -138,7 +138,7 @@ def test_the_shards_hold_the_texts(sources: list[SourceSpec], folder: str) -> No
 def test_the_manifest_counts_what_there_is(sources: list[SourceSpec], folder: str) -> None:
     manifest = prepared(sources, folder)
     assert Manifest.load(folder) == manifest
-    verify_checksums(manifest)
+    verify_shards(manifest)
     assert manifest.dtype == "uint16" and manifest.row_tokens == 64
     books = manifest.source("books")
     assert books.num_skipped == 1
@@ -243,7 +243,7 @@ def test_an_address_serves_as_a_folder(sources: list[SourceSpec], folder: str) -
     local = prepared(sources, folder)
     remote = prepared(sources, "memory://prepared/here")
     assert remote.fingerprint == local.fingerprint
-    verify_checksums(remote)
+    verify_shards(remote)
     assert check_tokenizer(remote).eos_token == "<|endoftext|>"
     assert prepared(sources, "memory://prepared/here") == remote
 
@@ -325,7 +325,7 @@ def test_only_changed_files_are_tokenized_again(
     every = documents(after, "books", "train") + documents(after, "books", "validation")
     assert "A chapter that is new.\n" * 9 in every and len(every) == 39
     # Whoever still reads by the older manifest reads what it promised.
-    verify_checksums(before)
+    verify_shards(before)
     np.testing.assert_array_equal(split_tokens(before, "books", "train"), old)
 
 
@@ -359,7 +359,7 @@ def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(
 
     first = prepared(sources, folder, progress=progress)
     for manifest in (first, *others):
-        verify_checksums(manifest)
+        verify_shards(manifest)
     tokenized.clear()
     assert [prepared(sources, folder)] == others
     assert tokenized == []
@@ -392,7 +392,7 @@ def test_a_folder_of_numbered_shards_stays_good(
     Path(folder, shards[1].file).unlink()
     again = prepared(sources, folder)
     assert len(tokenized) == 1
-    verify_checksums(again)
+    verify_shards(again)
     assert again.fingerprint == fingerprint
     files = [shard.file for shard in again.source("books").train.shards]
     assert sum(shard.file in files for shard in shards) == len(shards) - 1
@@ -451,7 +451,7 @@ def test_a_folder_of_other_settings_is_left_alone(sources: list[SourceSpec], fol
     with pytest.raises(DataError, match=r"other settings \(tokenizer, row_tokens\); prepare in"):
         prepared(sources, folder, vocab_size=290, row_tokens=32)
     assert prepared(sources, folder) == first
-    verify_checksums(first)
+    verify_shards(first)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"settings": 1}'])

@@ -27,9 +27,10 @@ import numpy as np
 
 from pipelines.bags import fold_bags
 from pipelines.errors import DataError
+from pipelines.manifest import Manifest
 from pipelines.order import Order, Spans, rank_slots, rows_per_rank, span_hashes
 from pipelines.permute import Int64
-from pipelines.shards import Held, Manifest, TokenReader
+from pipelines.shards import Held, TokenReader
 
 Columns = dict[str, Any]  # column name -> array whose first axis is the row
 

@@ -39,27 +39,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, Unreadable, one_line
-from pipelines.manifest import (
-    PREPARE_AGAIN,
-    SPLITS,
-    Manifest,
-    Shard,
-    Source,
-    Split,
-    checksum_problem,
-)
+from pipelines.manifest import PREPARE_AGAIN, Manifest, Shard, checksum_problem
 from pipelines.storage import locate, os_errors, write_atomically
-
-__all__ = [
-    "MAX_SHARD_TOKENS",
-    "SPLITS",
-    "Manifest",
-    "Shard",
-    "ShardWriter",
-    "Source",
-    "Split",
-    "TokenReader",
-]
 
 MAX_SHARD_TOKENS = 2**25
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.shards import Manifest, ShardWriter, Source, Split
+from pipelines.manifest import Manifest, Source, Split
+from pipelines.shards import ShardWriter
 
 
 def write_corpus(

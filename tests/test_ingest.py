@@ -30,8 +30,8 @@ from pipelines.ingest import (
     ray_dataset,
     read_inline,
 )
+from pipelines.manifest import Manifest
 from pipelines.order import Cut, Order, StreamSource
-from pipelines.shards import Manifest
 from tests.corpora import position_tokens, write_corpus
 
 STEPS, SEQUENCES, BAG = 9, 5, 4

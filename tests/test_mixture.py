@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards import Manifest
+from pipelines.manifest import Manifest
 from tests.corpora import write_corpus
 from tests.tiny import make_config
 from tst_ray.corpus import build_order, mixture, shown_mixture

@@ -16,16 +16,8 @@ import pytest
 
 from pipelines import shards
 from pipelines.errors import DataError, Unreadable
-from pipelines.manifest import verify_shards
-from pipelines.shards import (
-    Held,
-    Manifest,
-    Shard,
-    ShardWriter,
-    Source,
-    Split,
-    TokenReader,
-)
+from pipelines.manifest import Manifest, Shard, Source, Split, verify_shards
+from pipelines.shards import Held, ShardWriter, TokenReader
 from pipelines.storage import locate, write_atomically
 
 ROW, SHARD, VOCAB = 16, 64, 300

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipelines.ingest import FILLER, BatchMismatch, read_inline
-from pipelines.shards import Manifest
+from pipelines.manifest import Manifest
 from tests.test_watchdog import watchdogs
 from tests.tiny import make_config, make_corpus, make_job, run_inline
 from tst_ray import journal, worker

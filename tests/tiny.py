@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ingest import Feed, read_inline
-from pipelines.shards import Manifest
+from pipelines.manifest import Manifest
 from tests.corpora import write_corpus
 from tst_ray.config import Config, load_config
 from tst_ray.corpus import build_feeds, build_order

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from pipelines.ingest import FILLER, Columns
+from pipelines.manifest import Manifest
 from pipelines.order import rank_slots, rows_per_rank
-from pipelines.shards import Manifest, TokenReader
+from pipelines.shards import TokenReader
 from tst_ray.config import Config
 from tst_ray.plan import Plan
 

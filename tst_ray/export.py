@@ -47,7 +47,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
     from transformers.utils import logging as transformers_logging
 
-    from pipelines.shards import Manifest
+    from pipelines.manifest import Manifest
     from pipelines.tokenizer import check_tokenizer
     from tst_ray.model import build_model, hf_config
     from tst_ray.sharded import read_full

@@ -27,6 +27,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.globs import glob_folders, glob_regex, split_glob
 from pipelines.storage import absolute, below, locate, os_errors
 
 PYTHON_STDLIB = "python-stdlib"
@@ -163,7 +164,7 @@ def named_sources(specs: Sequence[SourceSpec]) -> tuple[SourceSpec, ...]:
 
 
 def _name_from(path: str) -> str:
-    base = _split_glob(path)[0]
+    base = split_glob(path)[0]
     if "://" in base:
         base = base.partition("?")[0]
     base = base.rstrip("/")
@@ -247,11 +248,11 @@ def _match(path: str) -> _Listing:
         return _listing(
             root, path, _is_text, lambda folder: not _is_hidden(os.path.basename(folder))
         )
-    root, pattern = _split_glob(path)
+    root, pattern = split_glob(path)
     if not pattern:
         raise DataError(f"source {path}: not found; correct the path")
     try:
-        matches, enters = _glob_regex(pattern).fullmatch, _glob_folders(pattern)
+        matches, enters = glob_regex(pattern).fullmatch, glob_folders(pattern)
     except re.error as error:
         raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
     is_deep = "/" in pattern or "**" in pattern
@@ -400,51 +401,6 @@ def file_kind(path: str) -> str:
     """The extension that says how a file is read, without that of its compression."""
     stem, extension = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if extension in COMPRESSED else extension
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """A glob's fixed folder and its pattern; an address keeps its `?key=value` with the folder."""
-    query, wild = "", r"[*?\[]"
-    if "://" in path:
-        path, mark, query = path.partition("?")
-        query, wild = mark + query, r"[*\[]"
-    found = re.search(wild, path)
-    if not found:
-        return path + query, ""
-    slash = path.rfind("/", 0, found.start())
-    return (path[:slash] or "/") + query, path[slash + 1 :]
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within a folder; `**/` is any number of folders, also none."""
-    regex = ""
-    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+]|.", pattern):
-        special = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-        if token in special:
-            regex += special[token]
-        elif token.startswith("[") and len(token) > 2:
-            inner = token[1:-1].replace("\\", r"\\")
-            regex += f"[^/{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
-        else:
-            regex += re.escape(token)
-    return re.compile(regex, re.DOTALL)
-
-
-def _glob_folders(pattern: str) -> Callable[[str], bool]:
-    """Whether what matches a pattern can be in or below a folder; its last part names files."""
-    parts = pattern.split("/")
-    matches = [_glob_regex(part).fullmatch for part in parts[:-1]]
-
-    def enters(folder: str) -> bool:
-        names = folder.split("/")
-        for name, part, match in zip(names, parts, matches, strict=False):
-            if "**" in part:
-                return True
-            if not match(name):
-                return False
-        return len(names) < len(parts) or "**" in parts[-1]
-
-    return enters
 
 
 # ── the work, cut into units ─────────────────────────────────────────────────────────────────────

@@ -50,7 +50,6 @@ from pipelines.units import (
     MAX_NAMED_SKIPS,
     Job,
     Record,
-    finished_records,
     kept_records,
     record_shards,
     run_inline,
@@ -359,7 +358,7 @@ def _all_records(
     """The record of every unit, in the corpus's order: kept, or made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
     units = {_hash([salt, facts(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
-    records = kept_records(job.folder, set(units), finished_records(job.folder))
+    records = kept_records(job.folder, units)
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""
     log(f"tokenizing {len(todo):,} units of work{kept}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -208,39 +208,39 @@ def _record_path(root: str, key: str) -> str:
     return f"{root}/units/{key[:32]}.json"
 
 
-def finished_records(folder: str) -> dict[str, Record]:
-    """The records in a folder, by key; a damaged one does not count as finished.
+def kept_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
+    """The records of those keys that are finished and whose shards are there, whole.
 
-    Raises Unreadable where storage fails.
+    A damaged record does not count as finished. Raises Unreadable where storage fails.
     """
-    filesystem, root = locate(folder)
-    infos = listed(filesystem, f"{root}/units")
-    paths = [info.path for info in infos if info.path.endswith(".json")]
+    records = _finished_records(folder, keys)
+    shards = {key: [*record_shards(record, "train"), *record_shards(record, "validation")]
+              for key, record in records.items()}  # fmt: skip
+    damaged = damaged_shards(folder, [shard for group in shards.values() for shard in group])
+    return {
+        key: record
+        for key, record in records.items()
+        if not any(shard.file in damaged for shard in shards[key])
+    }
 
-    def read(path: str) -> Record | None:
+
+def _finished_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
+    filesystem, root = locate(folder)
+    names = {info.base_name for info in listed(filesystem, f"{root}/units")}
+    found = [key for key in keys if os.path.basename(_record_path(root, key)) in names]
+
+    def read(key: str) -> Record | None:
+        path = _record_path(root, key)
         try:
             record = json.loads(read_bytes(filesystem, path))
         except OSError as error:
             raise Unreadable(f"{path}: cannot be read ({one_line(error)})") from error
         except ValueError:
             return None
-        return record if isinstance(record, dict) and "key" in record else None
+        return record if isinstance(record, dict) and record.get("key") == key else None
 
     with ThreadPoolExecutor(16) as pool:
-        return {record["key"]: record for record in pool.map(read, paths) if record}
-
-
-def kept_records(folder: str, keys: set[str], finished: dict[str, Record]) -> dict[str, Record]:
-    """Those of the finished records that are wanted and whose shards are there, whole."""
-    wanted = {key: record for key, record in finished.items() if key in keys}
-    shards = {key: [*record_shards(record, "train"), *record_shards(record, "validation")]
-              for key, record in wanted.items()}  # fmt: skip
-    damaged = damaged_shards(folder, [shard for group in shards.values() for shard in group])
-    return {
-        key: record
-        for key, record in wanted.items()
-        if not any(shard.file in damaged for shard in shards[key])
-    }
+        return {record["key"]: record for record in pool.map(read, found) if record}
 
 
 def record_shards(record: Record, split: str) -> tuple[Shard, ...]:

@@ -347,6 +347,20 @@ def test_text_of_equal_size_is_seen_where_storage_tells_no_time(
     assert documents(after, "books", "train") == ["omega zeta\n" * 99]
 
 
+def test_records_that_are_not_wanted_are_not_read(
+    sources: list[SourceSpec], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder where text comes and goes has ever more of them."""
+    prepared(sources, folder)
+    (tmp_path / "books" / "20.txt").write_text("A chapter that is new.\n" * 9)
+    reads = Mock(side_effect=units.read_bytes)
+    monkeypatch.setattr(units, "read_bytes", reads)
+    prepared(sources, folder)
+    left = {Path(call.args[1]).name for call in reads.call_args_list}
+    every = {path.name for path in Path(folder, "units").iterdir()}
+    assert len(left) > 5 and len(every - left) >= 2
+
+
 def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(
     sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -285,7 +285,8 @@ def checksum_problem(folder: str, shard: Shard) -> str | None:
     return f"has SHA-256 {found[:12]}… instead of {shard.sha256[:12]}…: it was altered"
 
 
-def verify_shards(manifest: Manifest) -> None:
-    """Check every shard (see `damaged_shards`). Raises DataError naming the first that fails."""
-    for file, problem in damaged_shards(manifest.folder, list(manifest.shards())).items():
+def verify_shards(manifest: Manifest, shards: Iterable[Shard] | None = None) -> None:
+    """Check these shards, or all (see `damaged_shards`). Raises DataError naming a bad one."""
+    some = list(manifest.shards() if shards is None else shards)
+    for file, problem in damaged_shards(manifest.folder, some).items():
         raise DataError(f"shard {manifest.folder}/{file} {problem}; {PREPARE_AGAIN}")

@@ -32,7 +32,15 @@ from pipelines.corpus import (
     source_root,
 )
 from pipelines.errors import DataError, Unreadable, one_line
-from pipelines.manifest import SPLITS, VERSION, Manifest, Source, Split, damaged_shards
+from pipelines.manifest import (
+    SPLITS,
+    VERSION,
+    Manifest,
+    Source,
+    Split,
+    damaged_shards,
+    verify_shards,
+)
 from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, read_bytes, write_atomically
 from pipelines.texts import LeftOut, read_file, sample_texts
@@ -50,6 +58,7 @@ from pipelines.units import (
     MAX_NAMED_SKIPS,
     Job,
     Record,
+    all_shards,
     kept_records,
     record_shards,
     run_inline,
@@ -60,6 +69,7 @@ from pipelines.units import (
 # from 4 or 8 Mi characters, 2.59 from 16; training takes 0.5, 0.9 and 2.1 s on two cores.
 SAMPLE_CHARACTERS = 2**23
 PREPARATION = "preparation.json"
+LEAST_TOLD_BYTES = 2**30  # of text, before the log is told how far it is
 
 
 # ── the settings that shards depend on ───────────────────────────────────────────────────────────
@@ -131,15 +141,14 @@ def prepare(
     max_shard_tokens: int = MAX_SHARD_TOKENS,
     skip: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> Manifest:
     """Turn text into token shards in `folder`, doing only what is not done yet.
 
     `backend` "ray" spreads the units over the Ray that is already connected, "inline" works them
     off here; the shards are the same bit for bit. `undecodable` texts are counted and left out
     ("skip"), or end the preparation ("refuse"). Of a source, the folders in `skip` are no part, nor
-    is this one. `progress` is told the bytes of source files done and in all. Raises DataError, in
-    one line, for whatever is wrong with the input or the folder.
+    is this one. The shards of the manifest that is returned are verified. Raises DataError, in one
+    line, for whatever is wrong with the input or the folder.
     """
     _check_choices(validation_share, row_tokens, undecodable, backend)
     specs = named_sources(sources)
@@ -169,7 +178,7 @@ def prepare(
         undecodable=undecodable,
         max_shard_tokens=max_shard_tokens,
     )
-    records = _all_records(job, settings, corpora, backend, log, progress)
+    records, made = _all_records(job, settings, corpora, backend, log)
     manifest = Manifest(
         folder=folder,
         dtype=job.dtype,
@@ -178,11 +187,14 @@ def prepare(
         eot_token=job.eot_token,
         tokenizer_fingerprint=tokenizer_fingerprint(own),
         sources=tuple(
-            _source(corpus, spec, [record for record in records if record["source"] == spec.name])
+            _source(corpus, spec, [r for r in records.values() if r["source"] == spec.name])
             for corpus, spec in zip(corpora, specs, strict=True)
         ),
         settings={**settings, "listing": listing},
     )
+    # The others were looked at when they were kept. Of tasks elsewhere, a folder that not all nodes
+    # share has nothing here.
+    verify_shards(manifest, (shard for key in made for shard in all_shards(records[key])))
     manifest.save()
     return manifest
 
@@ -353,24 +365,24 @@ def _all_records(
     corpora: Sequence[Corpus],
     backend: str,
     log: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> list[Record]:
-    """The record of every unit, in the corpus's order: kept, or made now."""
+) -> tuple[dict[str, Record], set[str]]:
+    """The record of every unit by its key, in the corpus's order; and which were made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
     units = {_hash([salt, facts(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
     records = kept_records(job.folder, units)
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""
     log(f"tokenizing {len(todo):,} units of work{kept}")
-    total = sum(unit.size for unit in units.values())
-    done = sum(units[key].size for key in records)
-    progress(done, total)
+    total = sum(unit.size for unit in todo.values())
+    told_bytes = max(total // 10, LEAST_TOLD_BYTES)
+    done = 0
     if todo:
         for record in (run_on_ray if backend == "ray" else run_inline)(job, todo):
             records[record["key"]] = record
-            done += units[record["key"]].size
-            progress(done, total)
-    return [records[key] for key in units]
+            before, done = done, done + todo[record["key"]].size
+            if before // told_bytes < done // told_bytes:
+                log(f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB are tokenized")
+    return {key: records[key] for key in units}, set(todo)
 
 
 def _source(corpus: Corpus, spec: SourceSpec, records: Sequence[Record]) -> Source:

@@ -214,8 +214,7 @@ def kept_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
     A damaged record does not count as finished. Raises Unreadable where storage fails.
     """
     records = _finished_records(folder, keys)
-    shards = {key: [*record_shards(record, "train"), *record_shards(record, "validation")]
-              for key, record in records.items()}  # fmt: skip
+    shards = {key: all_shards(record) for key, record in records.items()}
     damaged = damaged_shards(folder, [shard for group in shards.values() for shard in group])
     return {
         key: record
@@ -241,6 +240,10 @@ def _finished_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
 
     with ThreadPoolExecutor(16) as pool:
         return {record["key"]: record for record in pool.map(read, found) if record}
+
+
+def all_shards(record: Record) -> list[Shard]:
+    return [shard for split in SPLITS for shard in record_shards(record, split)]
 
 
 def record_shards(record: Record, split: str) -> tuple[Shard, ...]:

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines import corpus, texts, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
 from pipelines.errors import DataError, Unreadable
-from pipelines.manifest import Manifest, verify_shards
+from pipelines.manifest import Manifest, checksum_problem, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
 from pipelines.tokenize import prepare, prepared_folder
@@ -31,6 +31,8 @@ from pipelines.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from tst_ray.config import load_config
+from tst_ray.corpus import prepare_corpus
 
 SETTINGS: dict[str, Any] = {
     "tokenizer": "train",
@@ -275,12 +277,15 @@ def test_an_interrupted_preparation_goes_on(
     num_units = len(tokenized)
     tokenized.clear()
 
-    def progress(done: int, total: int) -> None:
-        if len(tokenized) > stop_after:
-            raise KeyboardInterrupt
+    def stops(*work: Any) -> Iterator[units.Record]:
+        for record in units.run_inline(*work):
+            if len(tokenized) > stop_after:
+                raise KeyboardInterrupt
+            yield record
 
-    with pytest.raises(KeyboardInterrupt):
-        prepared(sources, folder, progress=progress)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipelines.tokenize.run_inline", stops)
+        prepared(sources, folder)
     # A unit that wrote shards but no record was not finished.
     record = sorted(Path(folder, "units").iterdir())[0]
     record.unlink()
@@ -362,16 +367,23 @@ def test_records_that_are_not_wanted_are_not_read(
 
 
 def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(
-    sources: list[SourceSpec], folder: str, tokenized: list[str], tmp_path: Path
+    sources: list[SourceSpec],
+    folder: str,
+    tokenized: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     others: list[Manifest] = []
 
-    def progress(done: int, total: int) -> None:
-        if len(tokenized) == 1:  # text is added, and another one prepares it all meanwhile
-            (tmp_path / "books" / "00a.txt").write_text("A chapter that is new.\n" * 40)
-            others.append(prepared(sources, folder))
+    def disturbed(*work: Any) -> Iterator[units.Record]:
+        for record in units.run_inline(*work):
+            if len(tokenized) == 1:  # text is added, and another one prepares it all meanwhile
+                (tmp_path / "books" / "00a.txt").write_text("A chapter that is new.\n" * 40)
+                others.append(prepared(sources, folder))
+            yield record
 
-    first = prepared(sources, folder, progress=progress)
+    monkeypatch.setattr("pipelines.tokenize.run_inline", disturbed)
+    first = prepared(sources, folder)
     for manifest in (first, *others):
         verify_shards(manifest)
     tokenized.clear()
@@ -423,11 +435,48 @@ def test_a_moved_folder_is_still_finished(
     assert tokenized == []
 
 
-def test_progress_reaches_its_end(sources: list[SourceSpec], folder: str) -> None:
-    steps: list[tuple[int, int]] = []
-    prepared(sources, folder, progress=lambda done, total: steps.append((done, total)))
-    assert steps == sorted(steps) and steps[0][0] == 0
-    assert {total for _, total in steps} == {steps[-1][0]}
+def test_how_far_a_long_preparation_is_is_told_a_few_times(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    prepared(sources, f"{folder}-short", log=lines.append)
+    assert not any("are tokenized" in line for line in lines)
+    monkeypatch.setattr("pipelines.tokenize.LEAST_TOLD_BYTES", 1)
+    prepared(sources, folder, log=lines.append)
+    told_lines = [line for line in lines if re.fullmatch(r"0\.0 of 0\.0 GB are tokenized", line)]
+    assert 5 <= len(told_lines) <= 10
+
+
+def test_every_shard_is_looked_at_once(
+    sources: list[SourceSpec], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were just written, too: tasks elsewhere may have another folder of that name."""
+    looks = Mock(side_effect=checksum_problem)
+    monkeypatch.setattr("pipelines.manifest.checksum_problem", looks)
+    for text in ("one", "another"):
+        (tmp_path / "books" / "20.txt").write_text(text)
+        looks.reset_mock()
+        config = load_config(
+            None,
+            [f"--data.sources=['{sources[0].path}']", "--data.vocab_size=300",
+             f"--run.storage={tmp_path / 'runs'}"],
+        )  # fmt: skip
+        manifest = prepare_corpus(config, "inline", lambda line: None)
+        looked = sorted(call.args[1].file for call in looks.call_args_list)
+        assert looked == sorted(shard.file for shard in manifest.shards())
+
+
+def test_shards_that_tasks_wrote_elsewhere_are_missed_at_once(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(*work: Any) -> Iterator[units.Record]:
+        yield from units.run_inline(*work)
+        shutil.rmtree(f"{folder}/books")
+
+    monkeypatch.setattr("pipelines.tokenize.run_inline", elsewhere)
+    with pytest.raises(DataError, match="is missing; run"):
+        prepared(sources, folder)
+    assert not Path(folder, "manifest.json").exists()
 
 
 # ── where shards go ──────────────────────────────────────────────────────────────────────────────

@@ -39,11 +39,11 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
         check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
         for remark in _ignored(config, manifest):
             say(remark)
+        verify_shards(manifest)
     else:
         sources, settings, folder = _preparation(config)
         ours = (cache_folder(config),)
         manifest = prepare(sources, folder=folder, backend=backend, skip=ours, log=say, **settings)
-    verify_shards(manifest)
     for source in manifest.sources:
         if source.left_out:
             say(f"{source.name}: left out {source.left_out}")

@@ -16,7 +16,7 @@ from tests.test_bad_input import arguments
 from tests.test_runs import write_text
 from tst_ray.cli import main
 from tst_ray.config import load_config
-from tst_ray.coordinator import Coordinator, State, _begin, check_model, memory_problem
+from tst_ray.coordinator import Coordinator, State
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state, update_state
@@ -26,6 +26,7 @@ from tst_ray.preview import plan_facts
 from tst_ray.report import print_summary, status_facts
 from tst_ray.runstore import Hold, Overtaken, read_events, run_storage
 from tst_ray.storage import Storage
+from tst_ray.tasks import begin, check_model, memory_problem
 
 GIB = 2.0**30
 
@@ -89,11 +90,11 @@ def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
     monkeypatch.setattr("ray.get", lost)
     nodes.append(Node("blind", {"CPU": 4.0, "memory": 512 * GIB}))
     monkeypatch.setattr(
-        "tst_ray.coordinator.living_nodes",
+        "tst_ray.tasks.living_nodes",
         lambda away: [node for node in nodes if node.node_id not in away],
     )
     for wanted, asked in ((0.0, 0.0), (12 * GIB, 12 * GIB), (96 * GIB, 32 * GIB)):
-        wait = _begin("ray", memory_problem, memory=wanted, away=frozenset({"blind"}))
+        wait = begin("ray", memory_problem, memory=wanted, away=frozenset({"blind"}))
         assert task.asked.pop("label_selector") == {"ray.io/node-id": "!in(blind)"}
         assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
     with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
@@ -207,11 +208,11 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
 ) -> None:
     asked: list[tuple[str, frozenset[str]]] = []
 
-    def begin(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
+    def begun(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
         asked.append((function.__name__, away))
         return lambda: ((), shape) if function is check_model else (blind.plan.total_steps, [])
 
-    monkeypatch.setattr("tst_ray.coordinator._begin", begin)
+    monkeypatch.setattr("tst_ray.coordinator.begin", begun)
     for name in ("build_order", "build_feeds", "newest_step"):
         monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})

@@ -13,7 +13,7 @@ LIST = """
     superposition model_config architecture model optim checkpoint sharded checkpointer guard
     background curves metrics watchdog journal job batches speed saving worker elastic suspects
     network interrupts forkclient forkserver session sight runstore memory reading group room growth
-    stage display preview reference export coordinator report bench cli run
+    stage display preview reference export tasks coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

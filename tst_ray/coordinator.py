@@ -20,7 +20,7 @@ import importlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ from tst_ray.corpus import (
     prepare_corpus,
     shown_mixture,
 )
-from tst_ray.errors import ConfigError, Interrupted, RunError, last_line
+from tst_ray.errors import Interrupted, RunError, last_line
 from tst_ray.goodput import Account
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
-from tst_ray.plan import ModelShape, Phase, Plan, build_plan, memory_checkpoint_bytes
+from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import (
     MANIFEST,
     PLAN,
@@ -54,10 +54,8 @@ from tst_ray.runstore import (
 )
 from tst_ray.session import (
     ask_autoscaler,
-    away_from,
     check_capacity,
     least_workers,
-    living_nodes,
     object_stores,
     ray_session,
     unused_gpus,
@@ -65,6 +63,7 @@ from tst_ray.session import (
 from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
+from tst_ray.tasks import begin, check_model, export_model, memory_problem
 
 Say = Callable[[str], None]
 
@@ -229,20 +228,22 @@ class Coordinator:
         finally:
             vaults.close()
 
-    def _away(self) -> frozenset[str]:
-        """The nodes that tasks are kept off: those that do not see the run."""
+    def _begin(
+        self, backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0
+    ) -> Callable[[], Any]:
+        """Begin a task (see tasks.py), kept off the nodes that do not see the run."""
         self.sight.settle()
-        return self.sight.unseen()
+        return begin(backend, function, *args, memory=memory, away=self.sight.unseen())
 
-    def _begin_check(self, backend: str) -> Callable[[], Any]:
-        return _begin(backend, check_model, self.config, self.plan, None, away=self._away())
+    def _begin_check(self, backend: str, manifest: Manifest | None = None) -> Callable[[], Any]:
+        return self._begin(backend, check_model, self.config, self.plan, manifest)
 
     def _drive(self, run: Storage, backend: str, check: Callable[[], Any]) -> Outcome:
         remarks, _ = check()
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        _, shape = _call(backend, check_model, self.config, self.plan, manifest, away=self._away())
+        _, shape = self._begin_check(backend, manifest)()
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := memory_problem(shape, stores):
@@ -261,13 +262,8 @@ class Coordinator:
             self._enter(State.EXPORT)
             self.say("writing the model folder")
             self._charge(run, "closing")
-            step, samples = _call(
-                backend,
-                export_model,
-                run.url,
-                memory=_EXPORT_BYTES * shape.parameters,
-                away=self._away(),
-            )
+            memory = _EXPORT_BYTES * shape.parameters
+            step, samples = self._begin(backend, export_model, run.url, memory=memory)()
             self._charge(run, "closing")
             if step == self.plan.total_steps:
                 return self._finish(run, samples)
@@ -358,123 +354,9 @@ class Coordinator:
         self.state = state
 
 
-def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
-    """Why checkpoints are not kept in memory; None where they take half of it at the most.
-
-    Args:
-        stores: bytes of the object store of each node that workers are on; Ray Data needs it, too.
-            What it has no room for goes to its node's disk, in silence, and may fill it.
-    """
-    needed, there = memory_checkpoint_bytes(shape, len(stores)), sum(stores)
-    if needed <= there / 2:
-        return None
-    return (
-        f"no checkpoints in memory: they would take {needed / 2**30:,.1f} GiB of the nodes' object "
-        f"stores, which have {there / 2**30:,.1f}; a restart reads run.storage"
-    )
-
-
-def check_model(
-    config: Config, plan: Plan, manifest: Manifest | None
-) -> tuple[list[str], ModelShape]:
-    """Refuse, before workers start, a model that cannot be trained or does not fit the text.
-
-    And a tokenizer that is not the one the text's shards were made with: the trained model's folder
-    would get it. It needs torch and transformers, which this process can do without.
-
-    Args:
-        manifest: the text's; None before it is there, for all that the model alone tells.
-
-    Returns:
-        remarks for the user, and the model's shape.
-
-    Raises:
-        ConfigError: with the reason.
-        DataError: the shards' tokenizer is not there, or is another one.
-    """
-    import torch
-
-    from pipelines.tokenizer import check_tokenizer
-    from tst_ray.architecture import check_supported, describe
-    from tst_ray.model_config import hf_config, ignored_fields
-
-    cluster = config.cluster
-    if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
-        raise ConfigError(
-            f"cluster.gpus_per_worker = {cluster.gpus_per_worker:g}: torch sees no GPU on this "
-            "machine; set 0, or cluster.backend=ray on a cluster that has some"
-        )
-    model = hf_config(
-        config.model,
-        vocab_size=manifest.vocab_size if manifest else None,
-        eot_token=manifest.eot_token if manifest else None,
-    )
-    if manifest:
-        check_tokenizer(manifest)
-    check_supported(model, latent_length=plan.sequence_length)
-    return ignored_fields(config.model), describe(model)
-
-
-def export_model(run_url: str) -> tuple[int, list[str]]:
-    """Export the newest good checkpoint and sample; runs where tensors may live.
-
-    Returns:
-        the checkpoint's step, and the samples.
-    """
-    from tst_ray.export import export_run, sample_text
-
-    step, folder = export_run(Storage(run_url))
-    return step, sample_text(folder)
-
-
 def _fold_events(run: Storage) -> None:
     with contextlib.suppress(OSError):  # they are read where they are, too
         run.fold(EVENTS)
-
-
-def _call(backend: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a function as a Ray task, or here where there is no Ray; see `_begin`."""
-    return _begin(backend, function, *args, **options)()
-
-
-def _begin(
-    backend: str,
-    function: Callable[..., Any],
-    *args: Any,
-    memory: float = 0.0,
-    away: frozenset[str] = frozenset(),
-) -> Callable[[], Any]:
-    """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
-
-    Args:
-        memory: the bytes it needs: it is not to be put on a small head where others are larger.
-        away: the nodes that it is kept off.
-    """
-    if backend == "inline":
-        return lambda: function(*args)
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    nodes = [node.resources for node in living_nodes(away) if node.places({"CPU": 1.0})]
-    # Half of the largest at the most: better there than nowhere, or behind what others hold.
-    most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
-    options = {
-        "num_cpus": 1,
-        "memory": min(memory, most),
-        "label_selector": away_from(away) or None,
-    }
-    begun = ray.remote(function).options(**options).remote(*args)
-
-    def wait() -> Any:
-        try:
-            return ray.get(begun)
-        except RayTaskError as error:
-            raise error.cause from None  # the function's own error, without Ray's frames around it
-        except RayError as error:  # its node is lost, or short of memory
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise RunError(f"{function.__name__}: {why[:300]}") from error
-
-    return wait
 
 
 def _workers(phase: Phase) -> str:

@@ -299,8 +299,8 @@ def test_a_local_ray_forks_its_workers_and_has_no_autoscaler(
         found = (entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline"))
         return b"\n".join(found).decode(errors="replace")
 
-    with ray_session(load_config(None, []), None) as session:
-        node = Path(session.log_folder).parent.name
+    with ray_session(load_config(None, []), None):
+        node = Path(ray._private.worker._global_node.get_session_dir_path()).name
         assert node in commands()
         assert not re.search(rf"/monitor.py\0.*{node}", commands())
         task = ray.remote(num_cpus=0)(facts)

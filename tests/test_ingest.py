@@ -293,8 +293,8 @@ def test_reading_waits_for_no_cpu_and_keeps_to_its_nodes(
     import ray
     from ray.util import placement_group, remove_placement_group
 
+    from tst_ray.nodes import only_on
     from tst_ray.reading import _Part, phase_data
-    from tst_ray.session import only_on
 
     made: list[Any] = []
     make = ingest.ray_dataset

@@ -615,7 +615,7 @@ def test_checkpoints_in_memory_are_where_workers_are_or_may_come(
     stage._vaults = Vaults()
     nodes = [Node("head", {"CPU": 0.0}), *(Node(name, {"CPU": 1.0}) for name in "abc")]
     monkeypatch.setattr(
-        "tst_ray.session.living_nodes",
+        "tst_ray.nodes.living_nodes",
         lambda without=(): [node for node in nodes if node.node_id not in without],
     )
     assert placed() == [("cover", {"a", "b", "c"})]

@@ -43,6 +43,13 @@ from tst_ray.goodput import Account
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
+from tst_ray.nodes import (
+    ask_autoscaler,
+    check_capacity,
+    least_workers,
+    object_stores,
+    unused_gpus,
+)
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.runstore import (
     MANIFEST,
@@ -52,14 +59,7 @@ from tst_ray.runstore import (
     open_run,
     read_events,
 )
-from tst_ray.session import (
-    ask_autoscaler,
-    check_capacity,
-    least_workers,
-    object_stores,
-    ray_session,
-    unused_gpus,
-)
+from tst_ray.session import ray_session
 from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage

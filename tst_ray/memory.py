@@ -37,7 +37,7 @@ import numpy as np
 
 from pipelines.errors import one_line
 from tst_ray.errors import RunError
-from tst_ray.session import living_nodes
+from tst_ray.nodes import living_nodes
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pipelines.errors import one_line
 from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
-from tst_ray.session import (
+from tst_ray.nodes import (
     address_of,
     ask_autoscaler,
     free_room,
@@ -164,7 +164,7 @@ class Room:
     def ask(self) -> None:
         """Ask an autoscaler for as many workers as there may be; it may not hear, or be none.
 
-        To be done again and again, see `session.ASK_AGAIN_S`.
+        To be done again and again, see `nodes.ASK_AGAIN_S`.
         """
         try:
             ask_autoscaler(self._config, self.most, self.without)

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.errors import one_line
 from tst_ray.errors import UserError, last_line
-from tst_ray.session import address_of, living_nodes, only_on, own_node
+from tst_ray.nodes import address_of, living_nodes, only_on, own_node
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import LOOK_S
 

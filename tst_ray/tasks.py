@@ -14,8 +14,8 @@ from typing import Any
 from pipelines.manifest import Manifest
 from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError
+from tst_ray.nodes import away_from, living_nodes
 from tst_ray.plan import ModelShape, Plan, memory_checkpoint_bytes
-from tst_ray.session import away_from, living_nodes
 from tst_ray.storage import Storage
 
 

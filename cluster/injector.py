@@ -21,8 +21,8 @@ from cluster.damage import Ballast, damage, free_bytes, newest_checkpoint
 from cluster.faults import Fault, pick
 from cluster.targets import Driver, Impossible, NotNow, Target, TrainWorker
 from tst_ray.errors import last_line
+from tst_ray.hold import LOCK
 from tst_ray.metrics import EVENTS, METRICS
-from tst_ray.runstore import LOCK
 from tst_ray.storage import Storage
 
 _TAIL_BYTES = 1 << 16

@@ -19,12 +19,13 @@ from tst_ray.config import load_config
 from tst_ray.coordinator import Coordinator, State
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
+from tst_ray.hold import Hold, Overtaken
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import add_event
 from tst_ray.plan import ModelShape, build_plan
 from tst_ray.preview import plan_facts
 from tst_ray.report import print_summary, status_facts
-from tst_ray.runstore import Hold, Overtaken, read_events, run_storage
+from tst_ray.runstore import read_events, run_storage
 from tst_ray.storage import Storage
 from tst_ray.tasks import begin, check_model, memory_problem
 

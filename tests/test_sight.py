@@ -11,8 +11,10 @@ import pytest
 from ray.exceptions import NodeDiedError, RayTaskError
 
 from tst_ray import sight as sight_module
+from tst_ray.config import load_config
 from tst_ray.elastic import Node
-from tst_ray.sight import Sight
+from tst_ray.runstore import run_storage
+from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.storage import Storage
 from tst_ray.timeouts import LOOK_S
 
@@ -211,3 +213,82 @@ def test_what_is_wrong_is_told_with_the_node(
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr(sight_module, "address_of", lambda node: "10.0.0.7")
     assert sight_module._answer(None, "a", NEEDED) == told
+
+
+# -- what a run needs on every node ---------------------------------------------------------------
+
+
+def needed(place: Path, *overrides: str, storage: str = "runs", **plan: str) -> dict[str, str]:
+    """The files that all nodes must see, relative to a folder where they are below it."""
+    url = storage if "://" in storage else f"{place}/{storage}"
+    config = load_config(None, ["--run.name=a", f"--run.storage={url}", *overrides])
+    run = run_storage(config)
+    if plan:
+        run.make()
+        run.write_json("plan.json", plan)
+    found = needed_everywhere(run, config)
+    assert all(Path(path).exists() for path in found if not path.endswith("config.yaml"))
+    return {path.removeprefix(f"{place}/"): setting for path, setting in found.items()}
+
+
+RUN = {"runs/a/config.yaml": "run.storage"}
+
+
+def test_shards_below_the_storage_are_seen_with_it(tmp_path: Path) -> None:
+    assert needed(tmp_path) == RUN
+    assert needed(tmp_path, f"--data.cache={tmp_path}/runs/deep/cache") == RUN
+
+
+def test_shards_elsewhere_must_be_seen_too(tmp_path: Path) -> None:
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "manifest.json").touch()
+    prepared = f"--data.prepared={tmp_path}/prepared"
+    shards = {"prepared/manifest.json": "data.prepared"}
+    assert needed(tmp_path, prepared) == RUN | shards
+    far = {"memory://bucket/runs/a/config.yaml": "run.storage"}  # its package may be missing
+    assert needed(tmp_path, prepared, storage="memory://bucket/runs") == far | shards
+    assert needed(tmp_path, "--data.prepared=memory://bucket/prepared") == RUN
+    assert needed(tmp_path, f"--data.prepared={tmp_path}/nowhere") == RUN, "that is told elsewhere"
+
+
+def test_a_folder_for_shards_to_come_has_a_file_to_be_seen(tmp_path: Path) -> None:
+    seen = {"cache/.seen": "data.cache"}
+    assert needed(tmp_path, f"--data.cache={tmp_path}/cache") == RUN | seen
+    (tmp_path / "file").touch()
+    assert needed(tmp_path, f"--data.cache={tmp_path}/file/cache") == RUN, "that is told elsewhere"
+    # What only looks as if it were below the storage, too.
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs" / "shards").symlink_to(tmp_path / "disk")
+    assert needed(tmp_path) == RUN | {"runs/shards/.seen": "data.cache"}
+
+
+def test_a_run_that_has_begun_needs_the_shards_it_began_with(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "manifest.json").touch()
+    began_with = {"before/manifest.json": "data.cache"}
+    assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | began_with
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "manifest.json").touch()
+    copied = f"--data.prepared={tmp_path}/copied"
+    now = {"copied/manifest.json": "data.prepared"}
+    assert needed(tmp_path, copied, shards=f"{tmp_path}/before") == RUN | now
+
+
+def test_a_run_whose_cache_has_moved_needs_the_shards_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("before", "now"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    monkeypatch.setattr("tst_ray.sight.shards_folder", lambda config: f"{tmp_path}/now")
+    moved = {"now/manifest.json": "data.cache"}
+    assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | moved
+
+
+def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    assert needed(tmp_path, f"--model={tmp_path}/model") == RUN | {"model": "model.source"}
+    assert needed(tmp_path, "--model=paper-270m") == RUN

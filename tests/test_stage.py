@@ -23,11 +23,11 @@ from tst_ray.elastic import Node
 from tst_ray.errors import Interrupted, RunError
 from tst_ray.group import GroupFailed
 from tst_ray.guard import Guard
+from tst_ray.hold import Hold, Overtaken
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, Ended, Job
 from tst_ray.journal import read_state, update_state
 from tst_ray.model import build_model
 from tst_ray.room import Room, steadily
-from tst_ray.runstore import Hold, Overtaken
 from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage

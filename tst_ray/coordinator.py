@@ -40,6 +40,7 @@ from tst_ray.corpus import (
 )
 from tst_ray.errors import Interrupted, RunError, last_line
 from tst_ray.goodput import Account
+from tst_ray.hold import Hold
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
@@ -51,16 +52,9 @@ from tst_ray.nodes import (
     unused_gpus,
 )
 from tst_ray.plan import Phase, Plan, build_plan
-from tst_ray.runstore import (
-    MANIFEST,
-    PLAN,
-    Hold,
-    needed_everywhere,
-    open_run,
-    read_events,
-)
+from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ray_session
-from tst_ray.sight import Sight
+from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
 from tst_ray.tasks import begin, check_model, export_model, memory_problem

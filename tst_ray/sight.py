@@ -1,5 +1,6 @@
 """Which nodes see a run's files: a task on each has looked before workers or readers go there.
 
+    needed_everywhere ──> the files
     Sight ── look ──> a task on every node that is new ──> unseen │ where │ problems
 
 A node that joins without the mount would find no shards there, and take every checkpoint for
@@ -9,6 +10,7 @@ would end with it. In a Ray of this machine alone nobody looks, and work may go 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -17,14 +19,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pipelines.errors import one_line
-from tst_ray.errors import UserError, last_line
+from pipelines.errors import DataError, one_line
+from tst_ray.config import Config
+from tst_ray.corpus import cache_folder, shards_folder
+from tst_ray.errors import RunError, UserError, last_line
 from tst_ray.nodes import address_of, living_nodes, only_on, own_node
+from tst_ray.runstore import CONFIG, MANIFEST, PLAN
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import LOOK_S
 
 log = logging.getLogger(__name__)
 
+_SEEN = ".seen"  # stands for shards that are still to come
 _PAUSE_S = 0.1
 _PATIENCE_S = 60.0  # of a look, with storage that does not answer; less than LOOK_S
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 600.0
@@ -120,6 +126,50 @@ class Sight:
         """The label selector of the nodes that see all; new ones are not among them."""
         seeing = self._living - self.unseen()
         return only_on(seeing) if seeing else {}
+
+
+def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
+    """Files that all nodes must see, by path or URL, and the setting that says where each is.
+
+    One in each folder: that of the run, that of the shards where it is not below `run.storage`, and
+    the model's. A node may lack an object store's package or credentials as well as a mount. For
+    shards that are still to come, the folder is made and gets an empty file; where it cannot be
+    written, those who prepare them say so.
+    """
+    needed = {run.at(CONFIG) if run.is_local else run.location(CONFIG): "run.storage"}
+    if config.model.source is not None and os.path.isdir(config.model.source):
+        needed[config.model.source] = "model.source"
+    begun_with = (run.read_json(PLAN) or {}).get("shards")
+    shards = Storage(_place_of_shards(config, begun_with))
+    if shards.is_local and not _is_below(shards.path, Storage(config.run.storage)):
+        if shards.exists(MANIFEST):
+            needed[shards.at(MANIFEST)] = "data.prepared" if config.data.prepared else "data.cache"
+        elif not begun_with and not config.data.prepared:
+            with contextlib.suppress(OSError):
+                shards.write(_SEEN, "")
+                needed[shards.at(_SEEN)] = "data.cache"
+    return needed
+
+
+def _place_of_shards(config: Config, begun_with: str | None) -> str:
+    """The folder of the shards, or the one that it will be in; see `corpus.corpus_begun_with`."""
+    if config.data.prepared:
+        return config.data.prepared
+    if begun_with is None:
+        return cache_folder(config)
+    with contextlib.suppress(DataError, RunError):  # that is told elsewhere
+        now = shards_folder(config)
+        if Storage(now).exists(MANIFEST):
+            return now
+    return begun_with
+
+
+def _is_below(path: str, storage: Storage) -> bool:
+    """Whether a folder is there wherever storage is: below it, and on the same filesystem."""
+    real, above = os.path.realpath(path), os.path.realpath(storage.path)
+    if not storage.is_local or not real.startswith(f"{above}/"):
+        return False
+    return not os.path.exists(real) or os.stat(real).st_dev == os.stat(above).st_dev
 
 
 def missing(paths: list[str]) -> dict[str, str]:

@@ -41,6 +41,7 @@ from tst_ray.elastic import Growth
 from tst_ray.errors import Interrupted, RunError, UserError
 from tst_ray.group import Group, GroupFailed
 from tst_ray.growth import Growing
+from tst_ray.hold import Hold
 from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
@@ -48,7 +49,6 @@ from tst_ray.metrics import EVENT_FIELDS, EVENTS, try_event
 from tst_ray.nodes import ASK_AGAIN_S, draining_nodes, own_node
 from tst_ray.plan import Phase
 from tst_ray.room import Room, steadily
-from tst_ray.runstore import Hold
 from tst_ray.sight import Sight
 from tst_ray.storage import Storage, patiently
 from tst_ray.suspects import LEFT_OUT, laid_to

@@ -32,7 +32,7 @@ and the outer one only catches what it cannot. Those of single requests stand in
       go on without                                                ends; of the driver, the run
     a collective, or a group's rendezvous   COLLECTIVE_S         an error, where no watchdog saw it
     a worker to answer Ray Train            WORKER_ANSWER_S      the attempt ends
-    a lease on remote storage               runstore._LEASE_S    another driver may take the run
+    a lease on remote storage               hold._LEASE_S        another driver may take the run
 
 Nothing here limits how long a run waits for nodes: an autoscaler may take hours, and a run that
 waits says so.

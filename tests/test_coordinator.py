@@ -16,7 +16,7 @@ from tests.test_bad_input import arguments
 from tests.test_runs import write_text
 from tst_ray.cli import main
 from tst_ray.config import load_config
-from tst_ray.coordinator import Coordinator, State
+from tst_ray.coordinator import Coordinator
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, Overtaken
@@ -117,7 +117,7 @@ def test_an_overtaken_driver_leaves_no_mark_on_the_run(
     driver = Coordinator(config, SimpleNamespace(say=lambda text: None))
 
     def taken(run: Storage, *args: Any) -> None:
-        driver._enter(State.TRAIN)
+        driver._trains = True
         update_state(run, status="running", attempt=7)
         monkeypatch.setattr(driver, "_held", Lost())
         raise RunError("another attempt of this run has taken over; this one ends")

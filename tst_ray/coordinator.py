@@ -15,7 +15,6 @@ nothing: the same command finds the newest committed checkpoint and goes on in t
 from __future__ import annotations
 
 import contextlib
-import enum
 import importlib
 import threading
 import time
@@ -65,18 +64,6 @@ _FINAL = ("loss", "val_loss")
 _EXPORT_BYTES = 8  # a parameter: the model in float32, and what is read into it
 
 
-class State(enum.Enum):
-    """Where the driver is. FINISHED and FAILED are terminal; FAILED can be resumed."""
-
-    PREPARE = "preparing the corpus"
-    PLAN = "planning"
-    TRAIN = "training a stage on its worker group"
-    SWITCH = "the stage is committed; the next one has other workers"
-    EXPORT = "writing the model folder"
-    FINISHED = "finished"
-    FAILED = "failed"
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run left behind.
@@ -119,7 +106,7 @@ class Coordinator:
     def __init__(self, config: Config, terminal: Any) -> None:
         self.config, self.terminal, self.say = config, terminal, terminal.say
         self.plan = build_plan(config)
-        self.state = State.PREPARE
+        self._trains = False  # whether training has begun, or what follows it
         self.log_path: str | None = None
         self.vaults: Any = None  # the memory of the cluster, where checkpoints are kept too
         self.sight = Sight()  # which nodes see what the run needs
@@ -149,11 +136,9 @@ class Coordinator:
 
     def _record_failure(self, run: Storage, error: BaseException) -> None:
         """Note how the run stopped; what was refused before training changes nothing."""
-        trained = self.state not in (State.PREPARE, State.PLAN)
-        self.state = State.FAILED
         asked = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
         with contextlib.suppress(Exception):  # the error itself is what the user must see
-            if trained:
+            if self._trains:
                 update_state(run, status="stopped" if asked else "failed")
                 add_event(run, "stopped" if asked else "failed", error=last_line(error))
 
@@ -243,7 +228,6 @@ class Coordinator:
             if problem := memory_problem(shape, stores):
                 self.say(problem)
                 self.vaults = None
-        self._enter(State.PLAN)
         self._charge(run, "restart" if newest_step(run) else "startup")
         order = build_order(self.config, self.plan, manifest)
         if len(shares := mixture(order)) > 1:
@@ -253,7 +237,7 @@ class Coordinator:
         while True:
             for number, stage in enumerate(self.plan.stages()):
                 self._train(run, feeds, stage, switched=number > 0)
-            self._enter(State.EXPORT)
+            self._trains = True
             self.say("writing the model folder")
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
@@ -304,9 +288,8 @@ class Coordinator:
         if step >= last_step:
             return
         if switched and step == phases[0].first_step:
-            self._enter(State.SWITCH)
             add_event(run, "switch", step=step, workers=_workers(phases[0]))
-        self._enter(State.TRAIN)
+        self._trains = True
         self._announce(phases, step)
         memory_url = self.vaults.url if self.vaults else None
         job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url)
@@ -331,7 +314,6 @@ class Coordinator:
         _fold_events(run)
         update_state(run, status="finished", step=step, **final)
         account = Account.from_dict(read_state(run).get("time"), time.time())
-        self._enter(State.FINISHED)
         model_folder = (run / "model").url
         return Outcome(
             run,
@@ -343,9 +325,6 @@ class Coordinator:
             self.log_path,
             account,
         )
-
-    def _enter(self, state: State) -> None:
-        self.state = state
 
 
 def _fold_events(run: Storage) -> None:

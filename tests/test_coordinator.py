@@ -169,6 +169,59 @@ def test_a_run_is_finished_whatever_was_done_to_its_logs(tmp_path: Path, damage:
     assert status_facts(run)["last_events"][-1]["event"] == "finish"
 
 
+@pytest.mark.parametrize("before", ["failed", "stopped", "running", "finished", None])
+def test_how_a_run_stopped_is_not_said_of_it_while_a_driver_is_back_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Hours may pass until a worker writes that it trains; a finished run stays finished."""
+    config = load_config(None, [f"--run.storage={tmp_path}", "--cluster.backend=inline"])
+    driver, run = Coordinator(config, SimpleNamespace(say=lambda text: None)), run_storage(config)
+    if before is not None:
+        run.make()
+        update_state(run, status=before, step=7, time={"at": 1.0, "parts": {}})
+    seen = []
+
+    def prepare(*args: Any) -> None:
+        seen.append(read_state(run)["status"])
+        raise RunError("the text is not there")
+
+    monkeypatch.setattr(driver, "_drive", prepare)
+    with pytest.raises(RunError, match="the text is not there"):
+        driver.run()
+    is_finished = before == "finished"
+    assert seen == ["finished" if is_finished else "starting"]
+    state = read_state(run)
+    assert state["status"] == ("finished" if is_finished else "failed")
+    assert state.get("step") == (None if before is None else 7)
+    assert (state["time"]["parts"].get("down", 0.0) > 1.0) is (before not in ("finished", None))
+    assert run.read_lines("events.jsonl") == [], "it was refused before it trained"
+
+
+@pytest.mark.parametrize(("step", "part"), [(0, "startup"), (100, "restart")])
+def test_waiting_for_an_autoscaler_is_charged_as_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, part: str
+) -> None:
+    run, said, parts = Storage(str(tmp_path)), [], []
+    driver = Coordinator(load_config(None), SimpleNamespace(say=said.append))
+
+    def grows(*args: Any, say: Any, wait_on: Any) -> None:
+        say("waiting for the cluster to grow")
+        wait_on()
+        wait_on()
+
+    monkeypatch.setattr("tst_ray.coordinator.check_capacity", grows)
+    monkeypatch.setattr("tst_ray.coordinator.unused_gpus", lambda config: 0)
+    monkeypatch.setattr("tst_ray.coordinator.newest_step", lambda run: step)
+    monkeypatch.setattr("tst_ray.coordinator.charge", lambda run, part: parts.append(part))
+    driver._check_cluster(run, is_local=True)
+    assert parts == [part, "waiting_for_nodes", "waiting_for_nodes"]
+    assert said == ["waiting for the cluster to grow"]
+    assert [(event["event"], event["why"]) for event in read_events(run)] == [("waiting", said[0])]
+    monkeypatch.setattr(driver, "_held", Lost())
+    with pytest.raises(Overtaken):
+        driver._check_cluster(run, is_local=True)
+
+
 class Blind:
     """Stands in for what looked at the nodes: one of them sees nothing."""
 
@@ -187,7 +240,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     """One on a cluster of which a node sees nothing."""
     monkeypatch.setattr("tst_ray.coordinator.Sight", lambda needed=None: Blind())
     for name in ("check_capacity", "unused_gpus", "needed_everywhere"):
-        monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
+        monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args, **options: 0)
     return Coordinator(load_config(None), SimpleNamespace(say=lambda text: None))
 
 

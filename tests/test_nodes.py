@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_cluster_that_grows_is_asked_for_the_phase_that_comes_next(
     assert f"waiting for the cluster to grow: cluster.workers = {workers}" in said
     assert set(cluster.asked) == {workers}
     assert len(cluster.asked) == 6, "in a minute: others put theirs in its place"
+
+
+def test_what_is_waited_for_a_cluster_is_told_as_it_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    config = config_of(*TWO_SIZES, "--cluster.wait_s=3600")
+    told: list[float] = []
+    check_capacity(
+        config, build_plan(config), 0, lambda why: None, lambda: told.append(cluster.now)
+    )
+    assert told[0] == 0 and told[-1] == cluster.now > 60
+    assert max(b - a for a, b in pairwise(told)) < 15
 
 
 def test_a_finished_run_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ from tst_ray.goodput import Account
 from tst_ray.hold import Hold
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
-from tst_ray.metrics import EVENTS, add_event, one_line_a_step, write_hparams
+from tst_ray.metrics import EVENTS, add_event, one_line_a_step, try_event, write_hparams
 from tst_ray.nodes import (
     ask_autoscaler,
     check_capacity,
@@ -55,7 +55,7 @@ from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ray_session
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 from tst_ray.tasks import begin, check_model, export_model, memory_problem
 
 Say = Callable[[str], None]
@@ -135,24 +135,45 @@ class Coordinator:
                 raise
 
     def _record_failure(self, run: Storage, error: BaseException) -> None:
-        """Note how the run stopped; what was refused before training changes nothing."""
+        """Note how the run stopped; a finished one stays it, where no more was done to it."""
         asked = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
+        how = "stopped" if asked else "failed"
         with contextlib.suppress(Exception):  # the error itself is what the user must see
+            if self._trains or not _is_finished(run):
+                update_state(run, status=how)
             if self._trains:
-                update_state(run, status="stopped" if asked else "failed")
-                add_event(run, "stopped" if asked else "failed", error=last_line(error))
+                add_event(run, how, error=last_line(error))
 
     def _begin_account(self, run: Storage) -> None:
-        """Take up the run's account of time: since it was last written, nobody drove the run."""
-        if "time" in read_state(run):
-            self._charge(run, "down")
-        else:
-            update_state(run, status="starting", time=Account(time.time()).to_dict())
+        """Take up the run's account of time: since it was last written, nobody drove the run.
+
+        How it stopped is no longer true: hours may pass until a worker writes that it trains.
+        """
+        if "time" not in read_state(run):
+            update_state(run, time=Account(time.time()).to_dict())
+        self._charge(run, "down")
+        if not _is_finished(run):
+            update_state(run, status="starting")
 
     def _charge(self, run: Storage, part: str) -> None:
         """Charge what has passed to a part; the account of a finished run is closed."""
-        if read_state(run).get("status") != "finished":
+        if not _is_finished(run):
             charge(run, part)
+
+    def _starting(self, run: Storage) -> str:
+        """The part of the account that is charged until workers train."""
+        return "restart" if newest_step(run) else "startup"
+
+    def _begin_wait(self, run: Storage, part: str, why: str) -> None:
+        """Tell why the run waits for the cluster; what passed until now is a part's."""
+        self._charge(run, part)
+        self.say(why)
+        try_event(run, "waiting", why=why)
+
+    def _wait_on(self, run: Storage) -> None:
+        """Charge what has passed to waiting. Raises Overtaken."""
+        self._held.check()
+        self._charge(run, "waiting_for_nodes")
 
     def _with_ray(self, run: Storage) -> Outcome:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
@@ -180,7 +201,13 @@ class Coordinator:
         One that has begun goes on without them.
         """
         step = newest_step(run)
-        check_capacity(self.config, self.plan, step, self.say)
+        check_capacity(
+            self.config,
+            self.plan,
+            step,
+            say=lambda why: self._begin_wait(run, self._starting(run), why),
+            wait_on=lambda: self._wait_on(run),
+        )
         if not is_local:
             self.sight = Sight(needed_everywhere(run, self.config))
             self.sight.settle()
@@ -228,7 +255,7 @@ class Coordinator:
             if problem := memory_problem(shape, stores):
                 self.say(problem)
                 self.vaults = None
-        self._charge(run, "restart" if newest_step(run) else "startup")
+        self._charge(run, self._starting(run))
         order = build_order(self.config, self.plan, manifest)
         if len(shares := mixture(order)) > 1:
             self.say(f"mixture: {shown_mixture(shares)}")
@@ -325,6 +352,10 @@ class Coordinator:
             self.log_path,
             account,
         )
+
+
+def _is_finished(run: Storage) -> bool:
+    return bool(patiently(lambda: read_state(run)).get("status") == "finished")
 
 
 def _fold_events(run: Storage) -> None:

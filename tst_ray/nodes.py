@@ -43,7 +43,13 @@ def cpus_needed(config: Config, num_workers: int) -> float:
     return num_workers * config.cluster.cpus_per_worker + config.cluster.data_cpus
 
 
-def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], None]) -> None:
+def check_capacity(
+    config: Config,
+    plan: Plan,
+    step: int,
+    say: Callable[[str], None],
+    wait_on: Callable[[], None] = lambda: None,
+) -> None:
     """Wait, `cluster.wait_s` at most, until the cluster has room for the smallest allowed group.
 
     A cluster that grows (`cluster.wait_s` is not 0) needs room for the phase that comes next; a
@@ -52,6 +58,8 @@ def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], N
 
     Args:
         step: how many steps are done.
+        say: told once, where there is something to wait for.
+        wait_on: called now and then while it is waited for, and at its end.
 
     Raises:
         RunError: it has not; with what is needed and what there is.
@@ -69,8 +77,11 @@ def check_capacity(config: Config, plan: Plan, step: int, say: Callable[[str], N
             say(f"waiting for the cluster to grow: {problem}")
         if asked_at is None or time.monotonic() - asked_at > ASK_AGAIN_S:
             asked_at = time.monotonic()
+            wait_on()
             ask_autoscaler(config, workers)
         time.sleep(1.0)
+    if asked_at is not None:
+        wait_on()
 
 
 def unused_gpus(config: Config) -> int:

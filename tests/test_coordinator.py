@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,27 +16,16 @@ from tests.test_runs import write_text
 from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.coordinator import Coordinator
-from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, Overtaken
 from tst_ray.journal import read_state, update_state
 from tst_ray.metrics import add_event
-from tst_ray.plan import ModelShape, build_plan
+from tst_ray.plan import build_plan
 from tst_ray.preview import plan_facts
 from tst_ray.report import print_summary, status_facts
 from tst_ray.runstore import read_events, run_storage
 from tst_ray.storage import Storage
-from tst_ray.tasks import begin, check_model, memory_problem
-
-GIB = 2.0**30
-
-
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    config = load_config(None)
-    remarks, shape = check_model(config, build_plan(config), None)
-    assert not remarks
-    return shape
+from tst_ray.tasks import Call, check_model
 
 
 @pytest.mark.parametrize("facts", [plan_facts, lambda c: check_model(c, build_plan(c), None)])
@@ -47,59 +35,6 @@ def test_the_positions_of_evaluation_count_where_phases_have_fewer(facts: Any) -
     assert [phase.latent_length for phase in build_plan(config).phases] == [16]
     with pytest.raises(ConfigError, match=r"= 63: shorter than train.sequence_length = 64"):
         facts(config)
-
-
-def test_checkpoints_in_memory_take_half_of_the_object_stores_at_the_most(
-    shape: ModelShape,
-) -> None:
-    billion = replace(shape, parameters=2**30)  # 12 GiB each; two kept and one on its way
-    assert memory_problem(billion, [72 * GIB]) is None  # on one node, once
-    assert memory_problem(billion, [36 * GIB] * 4) is None  # on several, twice
-    told = memory_problem(billion, [35 * GIB] * 4)
-    assert told is not None and "would take 72.0 GiB" in told and "have 140.0;" in told
-    assert memory_problem(shape, [GIB]) is None  # the demo, where Ray has a single gibibyte
-
-
-class Task:
-    """Stands in for a Ray task: what it was asked with, and what came of it."""
-
-    asked: dict[str, Any]
-
-    def options(self, **options: Any) -> Task:
-        self.asked = options
-        return self
-
-    def remote(self, *args: Any) -> str:
-        return "reference"
-
-
-def test_a_task_goes_where_its_memory_is_and_its_loss_is_told_in_a_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from ray.exceptions import OutOfMemoryError
-
-    def lost(reference: str) -> Any:
-        raise OutOfMemoryError("the node ran low on memory\nand more")
-
-    task = Task()
-    nodes = [
-        Node("head", {"CPU": 0.0, "memory": 256 * GIB}),
-        Node("small", {"CPU": 4.0, "memory": 8 * GIB}),
-        Node("large", {"CPU": 4.0, "memory": 64 * GIB}),
-    ]
-    monkeypatch.setattr("ray.remote", lambda function: task)
-    monkeypatch.setattr("ray.get", lost)
-    nodes.append(Node("blind", {"CPU": 4.0, "memory": 512 * GIB}))
-    monkeypatch.setattr(
-        "tst_ray.tasks.living_nodes",
-        lambda away: [node for node in nodes if node.node_id not in away],
-    )
-    for wanted, asked in ((0.0, 0.0), (12 * GIB, 12 * GIB), (96 * GIB, 32 * GIB)):
-        wait = begin("ray", memory_problem, memory=wanted, away=frozenset({"blind"}))
-        assert task.asked.pop("label_selector") == {"ray.io/node-id": "!in(blind)"}
-        assert task.asked == {"num_cpus": 1, "memory": asked}, "a task too large is tried anyway"
-    with pytest.raises(RunError, match="memory_problem: the node ran low on memory and more"):
-        wait()
 
 
 class Lost(Hold):
@@ -222,6 +157,40 @@ def test_waiting_for_an_autoscaler_is_charged_as_waiting(
         driver._check_cluster(run, is_local=True)
 
 
+class Crowded(Call):
+    """A task that begins at the third look; others have its place until then."""
+
+    def __init__(self, lacks: str | None) -> None:
+        self.looks: list[float] = []
+        self._lacks = lacks
+
+    def has_begun(self, wait_s: float) -> bool:
+        self.looks.append(wait_s)
+        return len(self.looks) > 3
+
+    def lacks(self) -> str | None:
+        return self._lacks
+
+    def result(self) -> Any:
+        return "done"
+
+
+@pytest.mark.parametrize("lacks", ["a free CPU", None])
+def test_a_task_that_others_keep_waiting_is_told_once_and_charged_as_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str | None
+) -> None:
+    """One whose process takes long to start is no reason to say so."""
+    run, said, parts = Storage(str(tmp_path)), [], []
+    driver = Coordinator(load_config(None), SimpleNamespace(say=said.append))
+    monkeypatch.setattr("tst_ray.coordinator.charge", lambda run, part: parts.append(part))
+    task = Crowded(lacks)
+    assert driver._result(run, task, "closing") == "done"
+    assert task.looks == [10.0] * 4
+    told = ["waiting for a free CPU: others use the nodes"] if lacks else []
+    assert said == told == [event["why"] for event in read_events(run)]
+    assert parts == (["closing", *["waiting_for_nodes"] * 3] if lacks else [])
+
+
 class Blind:
     """Stands in for what looked at the nodes: one of them sees nothing."""
 
@@ -258,13 +227,15 @@ def test_a_run_that_has_begun_goes_on_without_a_node_that_does_not_see(
 
 
 def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
-    blind: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: ModelShape
+    blind: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[tuple[str, frozenset[str]]] = []
 
     def begun(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
         asked.append((function.__name__, away))
-        return lambda: ((), shape) if function is check_model else (blind.plan.total_steps, [])
+        shape = SimpleNamespace(parameters=1)
+        ended = ((), shape) if function is check_model else (blind.plan.total_steps, [])
+        return Call(lambda: ended, ())
 
     monkeypatch.setattr("tst_ray.coordinator.begin", begun)
     for name in ("build_order", "build_feeds", "newest_step"):

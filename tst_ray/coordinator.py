@@ -51,16 +51,18 @@ from tst_ray.nodes import (
     unused_gpus,
 )
 from tst_ray.plan import Phase, Plan, build_plan
+from tst_ray.room import steadily
 from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
 from tst_ray.session import ray_session
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage, patiently
-from tst_ray.tasks import begin, check_model, export_model, memory_problem
+from tst_ray.tasks import Call, begin, check_model, export_model, memory_problem
 
 Say = Callable[[str], None]
 
 _FINAL = ("loss", "val_loss")
+_TURN_S = 10.0  # a task that has not begun by then may wait for others to end
 _EXPORT_BYTES = 8  # a parameter: the model in float32, and what is read into it
 
 
@@ -236,26 +238,44 @@ class Coordinator:
 
     def _begin(
         self, backend: str, function: Callable[..., Any], *args: Any, memory: float = 0.0
-    ) -> Callable[[], Any]:
+    ) -> Call:
         """Begin a task (see tasks.py), kept off the nodes that do not see the run."""
         self.sight.settle()
         return begin(backend, function, *args, memory=memory, away=self.sight.unseen())
 
-    def _begin_check(self, backend: str, manifest: Manifest | None = None) -> Callable[[], Any]:
+    def _begin_check(self, backend: str, manifest: Manifest | None = None) -> Call:
         return self._begin(backend, check_model, self.config, self.plan, manifest)
 
-    def _drive(self, run: Storage, backend: str, check: Callable[[], Any]) -> Outcome:
-        remarks, _ = check()
+    def _result(self, run: Storage, task: Call, part: str) -> Any:
+        """What a task gives; where others hold every CPU, the user and the account hear of it.
+
+        Args:
+            part: of the account; what passed before it waits is charged to it.
+        """
+        waits = False
+        while not task.has_begun(_TURN_S):
+            if waits:
+                self._wait_on(run)
+            elif lacks := steadily(task.lacks):
+                waits = True
+                self._begin_wait(run, part, f"waiting for {lacks}: others use the nodes")
+        if waits:
+            self._wait_on(run)
+        return task.result()
+
+    def _drive(self, run: Storage, backend: str, check: Call) -> Outcome:
+        starting = self._starting(run)
+        remarks, _ = self._result(run, check, starting)
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        _, shape = self._begin_check(backend, manifest)()
+        _, shape = self._result(run, self._begin_check(backend, manifest), starting)
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := memory_problem(shape, stores):
                 self.say(problem)
                 self.vaults = None
-        self._charge(run, self._starting(run))
+        self._charge(run, starting)
         order = build_order(self.config, self.plan, manifest)
         if len(shares := mixture(order)) > 1:
             self.say(f"mixture: {shown_mixture(shares)}")
@@ -268,7 +288,8 @@ class Coordinator:
             self.say("writing the model folder")
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
-            step, samples = self._begin(backend, export_model, run.url, memory=memory)()
+            export = self._begin(backend, export_model, run.url, memory=memory)
+            step, samples = self._result(run, export, "closing")
             self._charge(run, "closing")
             if step == self.plan.total_steps:
                 return self._finish(run, samples)

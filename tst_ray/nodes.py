@@ -188,11 +188,17 @@ def room_for(config: Config, most: int, without: Collection[str]) -> int:
 
 def free_room(config: Config, most: int, without: Collection[str]) -> int:
     """As `room_for`, of what nobody uses at this moment."""
+    return workers_that_fit(
+        free_nodes(without), worker_resources(config), config.cluster.data_cpus, most
+    )
+
+
+def free_nodes(without: Collection[str] = ()) -> list[Node]:
+    """As `living_nodes`, with what nobody uses of them at this moment."""
     import ray
 
     free = ray._private.state.available_resources_per_node()
-    nodes = [Node(node.node_id, free.get(node.node_id, {})) for node in living_nodes(without)]
-    return workers_that_fit(nodes, worker_resources(config), config.cluster.data_cpus, most)
+    return [Node(node.node_id, free.get(node.node_id, {})) for node in living_nodes(without)]
 
 
 def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = ()) -> None:

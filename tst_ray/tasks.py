@@ -1,22 +1,110 @@
 """What the driver has done elsewhere: tasks that need torch, and take seconds or minutes.
 
-    begin ──> a Ray task, or a call in this process where there is no Ray ──> what waits for it
+    begin ──> Task, on a node with a CPU ──> has_begun ──> result
+         └──> Call, in this process, where there is no Ray
 
 The driver's process does without torch and without tensors: whether a model can be trained, and the
-model folder, are the work of a node with a CPU.
+model folder, are the work of a node with a CPU. Others may hold every CPU, for hours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipelines.manifest import Manifest
 from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError
-from tst_ray.nodes import away_from, living_nodes
+from tst_ray.nodes import away_from, free_nodes, living_nodes
 from tst_ray.plan import ModelShape, Plan, memory_checkpoint_bytes
 from tst_ray.storage import Storage
+
+
+class Call:
+    """What is done in this process, once its result is asked for."""
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
+        self._function, self._args = function, args
+
+    def has_begun(self, wait_s: float) -> bool:
+        """Whether it need not be waited for."""
+        return True
+
+    def lacks(self) -> str | None:
+        """What it needs that others have all of; None where there is some left."""
+        return None
+
+    def result(self) -> Any:
+        """What the function returns; whatever it raises."""
+        return self._function(*self._args)
+
+
+class Task(Call):
+    """A Ray task.
+
+    Args:
+        memory: the bytes it needs: it is not to be put on a small head where others are larger.
+        away: the nodes that it is kept off.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], memory: float, away: frozenset[str]
+    ) -> None:
+        import ray
+
+        super().__init__(function, args)
+        nodes = [node.resources for node in living_nodes(away) if node.places({"CPU": 1.0})]
+        # Half of the largest at the most: better there than nowhere, or behind what others hold.
+        most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
+        self._needs, self._away = {"CPU": 1.0, "memory": min(memory, most)}, away
+        options = {
+            "num_cpus": 1,
+            "memory": self._needs["memory"],
+            "label_selector": away_from(away) or None,
+            "num_returns": "streaming",
+            "name": function.__name__,
+        }
+        self._told = ray.remote(_telling).options(**options).remote(function, *args)
+        self._has_begun = False
+
+    def has_begun(self, wait_s: float) -> bool:
+        """Whether it has been given a place; waits for that, so long at the most."""
+        import ray
+
+        if not self._has_begun:
+            self._has_begun = bool(ray.wait([self._told], timeout=wait_s)[0])
+        return self._has_begun
+
+    def lacks(self) -> str | None:
+        """What it needs on one node, where none that it may go to has so much left."""
+        if any(node.places(self._needs) for node in free_nodes(self._away)):
+            return None
+        memory = self._needs["memory"]
+        return "a free CPU" + (f" and {memory / 2**30:,.1f} GiB of free memory" if memory else "")
+
+    def result(self) -> Any:
+        """What the function returns, or raises.
+
+        Raises:
+            RunError: the task was lost, with its node or for lack of memory.
+        """
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            ray.get(next(self._told))
+            return ray.get(next(self._told))
+        except RayTaskError as error:
+            raise error.cause from None  # the function's own error, without Ray's frames around it
+        except RayError as error:  # its node is lost, or short of memory
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise RunError(f"{self._function.__name__}: {why[:300]}") from error
+
+
+def _telling(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    """What a function returns, and first that its task has begun: Ray does not tell."""
+    yield None
+    yield function(*args)
 
 
 def begin(
@@ -25,38 +113,9 @@ def begin(
     *args: Any,
     memory: float = 0.0,
     away: frozenset[str] = frozenset(),
-) -> Callable[[], Any]:
-    """Begin a call as a Ray task; what waits for it, or makes it here where there is no Ray.
-
-    Args:
-        memory: the bytes it needs: it is not to be put on a small head where others are larger.
-        away: the nodes that it is kept off.
-    """
-    if backend == "inline":
-        return lambda: function(*args)
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    nodes = [node.resources for node in living_nodes(away) if node.places({"CPU": 1.0})]
-    # Half of the largest at the most: better there than nowhere, or behind what others hold.
-    most = max((resources.get("memory", 0.0) for resources in nodes), default=0.0) // 2
-    options = {
-        "num_cpus": 1,
-        "memory": min(memory, most),
-        "label_selector": away_from(away) or None,
-    }
-    begun = ray.remote(function).options(**options).remote(*args)
-
-    def wait() -> Any:
-        try:
-            return ray.get(begun)
-        except RayTaskError as error:
-            raise error.cause from None  # the function's own error, without Ray's frames around it
-        except RayError as error:  # its node is lost, or short of memory
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise RunError(f"{function.__name__}: {why[:300]}") from error
-
-    return wait
+) -> Call:
+    """Begin a call as a Ray task (see `Task`), or have it ready where there is no Ray."""
+    return Call(function, args) if backend == "inline" else Task(function, args, memory, away)
 
 
 def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:

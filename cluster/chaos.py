@@ -21,7 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.damage import Ballast, damage
@@ -31,6 +30,7 @@ from cluster.targets import Impossible, LocalTarget, NotNow, RayTarget, Target
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.journal import read_state
 from tst_ray.runstore import CONFIG, PLAN
+from tst_ray.session import show_token
 from tst_ray.storage import Storage
 
 __all__ = [
@@ -97,9 +97,9 @@ def _chaos(args: argparse.Namespace) -> None:
     faults = schedule(args.seed, args.faults, first, last, args.kinds)
     strikes_cluster = bool(set(args.kinds) & set(CLUSTER_KINDS))
     address = args.address
-    if strikes_cluster and not address:
-        address = _address_of(run)
-        _show_token()
+    if strikes_cluster:
+        address = address or _address_of(run)
+        show_token()
     if args.really and not address and strikes_cluster:
         raise ConfigError(
             f"{', '.join(args.kinds)}: need a cluster; give its --address, or set RAY_ADDRESS"
@@ -169,15 +169,6 @@ def _address_of(run: Storage) -> str | None:
     """The head of the cluster that a run trains on; None where it does not train."""
     state = read_state(run)
     return state.get("ray_address") if state.get("status") == "running" else None
-
-
-def _show_token() -> None:
-    """Let this process show the user's token: a Ray that a run started itself asks for it.
-
-    Ray keeps it at home, and shows it to no address unasked. A Ray that asks for none takes it.
-    """
-    if (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _total_steps(run: Storage) -> int:

@@ -27,7 +27,9 @@ from email.utils import parsedate_to_datetime
 
 from cluster.local import give_notice
 from cluster.targets import Gcs
+from pipelines.errors import one_line
 from tst_ray.errors import RunError, UserError
+from tst_ray.session import show_token
 
 METADATA = "http://169.254.169.254"  # of all three; no name to resolve, and no proxy
 _ANSWER_S = 10.0
@@ -139,12 +141,17 @@ def watch(address: str, ask: Ask, metadata: str, every_s: float, say: Callable[[
     """Wait for a notice and pass it on; how many nodes were drained.
 
     What does not answer is asked again: a head that is busy, a metadata service that has no time.
+    The head is asked before there is a notice: a wrong address, or a token that is not here, would
+    show too late.
     """
     from ray.exceptions import RayError
 
-    told = ""
+    told, heard = "", False
     while True:
         try:
+            if not heard:
+                nodes_here(address)
+                heard = True
             end = ask(metadata)
             if end is not None and (nodes := nodes_here(address)):
                 for node in nodes:
@@ -152,7 +159,12 @@ def watch(address: str, ask: Ask, metadata: str, every_s: float, say: Callable[[
                     say(f"node {node}: its machine is taken in {end - time.time():.0f} s; drained")
                 return len(nodes)
             trouble = "" if end is None else "this machine is taken, and has no Ray node to drain"
-        except (*_TROUBLE, RayError, RuntimeError) as error:
+        except RayError as error:
+            trouble = (
+                f"{address}: the head does not answer ({one_line(error)}); if it asks for a token, "
+                "put its own into ~/.ray/auth_token here"
+            )
+        except (*_TROUBLE, RuntimeError) as error:
             trouble = f"{type(error).__name__}: {error}"
         if trouble and trouble != told:
             told = trouble
@@ -178,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"notices: {line}", file=sys.stderr, flush=True)
 
+    show_token()
     try:
         cloud = args.cloud or which_cloud(args.metadata)
         say(f"asking {cloud} every {args.every:g} s")

@@ -156,7 +156,7 @@ def test_azures_events_need_not_answer_for_azure_to_be_known(services: dict[str,
 
 def test_a_notice_is_kept_until_it_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head does not answer, then knows no node of this machine, then rejects, then drains."""
-    answers = iter([RpcError("unavailable"), [], ["n1"], ["n1"]])
+    answers = iter([RpcError("unavailable"), [], [], ["n1"], ["n1"]])
     passed: list[str] = []
     said: list[str] = []
 
@@ -176,7 +176,40 @@ def test_a_notice_is_kept_until_it_is_passed_on(monkeypatch: pytest.MonkeyPatch)
     assert notices.watch("head:6379", lambda _: time.time() + 100, "", 0.0, said.append) == 1
     assert passed == ["n1", "n1"]
     assert [line.split(":")[0] for line in said] == ["will ask again"] * 3 + ["node n1"]
+    assert "head:6379: the head does not answer (unavailable)" in said[0]
+    assert "~/.ray/auth_token" in said[0]
     assert "has no Ray node to drain" in said[1]
+
+
+def test_the_head_is_asked_before_there_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong address or token would show too late; once it has answered, it is left alone."""
+    asked: list[str] = []
+    notices_to_come = iter([None, None, time.time() + 100])
+
+    def nodes(address: str) -> list[str]:
+        asked.append(address)
+        return ["n1"]
+
+    def ask(metadata: str) -> float | None:
+        seen.append(len(asked))
+        return next(notices_to_come)
+
+    seen: list[int] = []
+    monkeypatch.setattr(notices, "nodes_here", nodes)
+    monkeypatch.setattr(notices, "give_notice", lambda *args: None)
+    assert notices.watch("head:6379", ask, "", 0.0, lambda line: None) == 1
+    assert seen == [1, 1, 1] and len(asked) == 2
+
+
+def test_the_head_is_shown_the_users_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[bool] = []
+    monkeypatch.setattr(notices, "show_token", lambda: shown.append(True))
+    monkeypatch.setattr(notices, "watch", lambda *args: len(shown))
+    assert main(["--address=head:6379", "--cloud=aws"]) == 0
+    assert shown == [True]
+    assert capsys.readouterr().err == "notices: asking aws every 5 s\n"
 
 
 def test_nobody_to_ask_is_one_line_and_a_status(

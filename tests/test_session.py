@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from tst_ray import forkclient, session
 from tst_ray.config import Config, load_config
@@ -68,6 +70,53 @@ def test_an_address_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, add
     told = pytest.raises(RunError, match=f"RAY_ADDRESS = {address}: give HOST:PORT")
     with told, ray_session(config, build_plan(config)):
         pass
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a token, and an environment that says nothing of one."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what is set here ends with the test
+    return tmp_path
+
+
+def test_a_token_is_shown_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.show_token()
+    assert "RAY_AUTH_MODE" not in os.environ
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("secret")
+    session.show_token()
+    assert os.environ.pop("RAY_AUTH_MODE") == "token"
+    (home / ".ray" / "auth_token").unlink()
+    monkeypatch.setitem(os.environ, "RAY_AUTH_TOKEN", "secret")
+    session.show_token()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
+    session.show_token()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled", "who says so is heeded"
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, AuthenticationError])
+def test_a_cluster_is_shown_the_token_and_one_that_refuses_it_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """A Ray that was started after a local one asks for its token."""
+    shown: list[str | None] = []
+
+    def refuses(**options: Any) -> None:
+        shown.append(os.environ.get("RAY_AUTH_MODE"))
+        raise error("Failed to connect\nto the cluster")
+
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("secret")
+    monkeypatch.setattr("ray.init", refuses)
+    told = pytest.raises(RunError, match=r"^RAY_ADDRESS = auto: .*Failed .* ~/\.ray/auth_token")
+    with told as caught, session._joined("auto", {}):
+        pass
+    assert shown == ["token"]
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("forks", [True, False])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import one_line
 from tst_ray import forkclient, forkserver
 from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError
@@ -28,6 +29,7 @@ from tst_ray.timeouts import GROUP_END_S, GROUP_POLL_S, GROUP_START_S, WORKER_AN
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
+_TOKEN_FILE = "~/.ray/auth_token"
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": GROUP_POLL_S,
@@ -179,16 +181,33 @@ def _started(config: Config, plan: Plan | None) -> Iterator[Session]:
 
 @contextlib.contextmanager
 def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
-    """The cluster at an address. Raises RunError where there is none."""
+    """The cluster at an address. Raises RunError where none lets it join."""
     _check_address(address)
+    show_token()
     import ray
+    from ray.exceptions import RayError
 
     try:
         context = ray.init(**options)
-    except (ConnectionError, ValueError) as error:  # the second: what is no address at all
-        raise _no_cluster(address) from error
+    except (ConnectionError, ValueError, RayError) as error:  # the second: no address at all
+        raise RunError(
+            f"RAY_ADDRESS = {address}: no Ray cluster lets this driver join there "
+            f"({one_line(error)}); give HOST:PORT as `ray start --head` prints it and, if that "
+            f"asks for a token, its own: in {_TOKEN_FILE} here, or as RAY_AUTH_TOKEN"
+        ) from error
     with _until_shutdown(context, is_local=False) as session:
         yield session
+
+
+def show_token() -> None:
+    """Let this process show the user's token to a cluster that asks for one.
+
+    From the first `ray.init` on, each Ray that its user starts asks for the token at home, while
+    Ray shows it to no address unasked. A cluster that asks for none takes it.
+    """
+    given = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(os.environ.get(name) for name in given) or Path(_TOKEN_FILE).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextlib.contextmanager

@@ -39,6 +39,28 @@ def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path:
     assert run.read("config.yaml") == before
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"train: [1, 2", "is no YAML"),
+        (b"\xff", "is no YAML"),
+        (b"", "has no settings"),
+        (None, "is gone"),
+    ],
+)
+def test_a_damaged_config_of_the_run_is_told_in_a_line(
+    tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    with open_run(make_config(tmp_path)) as (run, _):
+        run.write("plan.json", "{}")
+    run.remove("config.yaml")
+    if content is not None:
+        run.write("config.yaml", content)
+    match = rf"config\.yaml: {told}[^\n]*; restore it from a copy, or mend it$"
+    with pytest.raises(RunError, match=match), open_run(make_config(tmp_path)):
+        pass
+
+
 def test_what_was_refused_before_it_began_binds_nobody(tmp_path: Path) -> None:
     """A wrong path, corrected, must not be taken for another run."""
     with open_run(make_config(tmp_path, "--data.sources=[tezt]")):

@@ -119,6 +119,23 @@ def test_a_cluster_is_shown_the_token_and_one_that_refuses_it_is_told(
     assert "\n" not in str(caught.value)
 
 
+def test_a_cluster_of_another_ray_is_told_in_a_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError(f"{said}: The cluster was started with:\n    Ray: 2.60.0\n")
+
+    monkeypatch.setattr("ray.init", init)
+    said = "Version mismatch"
+    told = r"^RAY_ADDRESS = auto: Version mismatch: .* Ray: 2\.60\.0; start the driver with"
+    with pytest.raises(RunError, match=told), session._joined("auto", {}):
+        pass
+    said = "called twice"
+    with pytest.raises(RuntimeError, match=r"^called twice") as caught, session._joined("auto", {}):
+        pass
+    assert not isinstance(caught.value, RunError), "a defect is no user's error"
+
+
 @pytest.mark.parametrize("forks", [True, False])
 @pytest.mark.parametrize("lacks", [[], ["setup_worker_path"], ["no_monitor", "setup_worker_path"]])
 def test_a_local_ray_is_told_what_it_knows(

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from pipelines.errors import one_line
 from tst_ray.config import Config, diff
-from tst_ray.errors import ConfigError
+from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, hold
 from tst_ray.metrics import EVENTS
 from tst_ray.storage import Storage
@@ -34,16 +35,31 @@ def check_same_run(run: Storage, config: Config) -> None:
 
     Raises:
         ConfigError: one line a differing field that would change the run.
+        RunError: the run's own config cannot be read.
     """
     if not run.exists(PLAN):
         return  # nothing was trained under another config yet
-    theirs = yaml.safe_load(run.read(CONFIG))
-    lines = diff(theirs, config.dump())
+    lines = diff(_config_of(run), config.dump())
     if lines:
         raise ConfigError(
             f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
             "run.name, or the run's own settings:\n" + "\n".join(f"  {line}" for line in lines)
         )
+
+
+def _config_of(run: Storage) -> dict[str, Any]:
+    """What a run's config.yaml says. Raises RunError where somebody damaged it."""
+    try:
+        read = yaml.safe_load(run.read(CONFIG))
+    except FileNotFoundError:
+        wrong = "is gone"
+    except yaml.YAMLError as error:
+        wrong = f"is no YAML ({one_line(error)})"
+    else:
+        if isinstance(read, dict):
+            return read
+        wrong = "has no settings"
+    raise RunError(f"{run.location(CONFIG)}: {wrong}; restore it from a copy, or mend it")
 
 
 @contextlib.contextmanager

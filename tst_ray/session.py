@@ -195,6 +195,13 @@ def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
             f"({one_line(error)}); give HOST:PORT as `ray start --head` prints it and, if that "
             f"asks for a token, its own: in {_TOKEN_FILE} here, or as RAY_AUTH_TOKEN"
         ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise RunError(
+            f"RAY_ADDRESS = {address}: {one_line(error)}; start the driver with the cluster's "
+            "Python and Ray, as `ray job submit` does"
+        ) from error
     with _until_shutdown(context, is_local=False) as session:
         yield session
 

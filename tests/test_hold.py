@@ -94,7 +94,7 @@ def test_a_lock_and_a_lease_keep_each_other_out(
         refusal = pytest.raises(RunError, match=r"if its machine is gone, remove .*driver\.lock")
         with refusal, hold(run):
             pass
-    run.remove("driver.lock")
+    assert run.read_json("driver.lock") == {}, "who ended holds it no more"
     with monkeypatch.context() as patch:
         patch.setattr("tst_ray.hold._has_locks", lambda run: False)
         with hold(run):

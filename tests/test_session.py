@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +72,22 @@ def test_an_address_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, add
     told = pytest.raises(RunError, match=f"RAY_ADDRESS = {address}: give HOST:PORT")
     with told, ray_session(config, build_plan(config)):
         pass
+
+
+def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    seen: list[str | None] = []
+
+    @contextlib.contextmanager
+    def started(*args: Any) -> Iterator[session.Session]:
+        seen.append(os.environ.get("RAY_ADDRESS"))  # which Ray itself heeds, too
+        yield session.Session(True, "here")
+
+    monkeypatch.setattr(session, "_started", started)
+    config = config_of("--cluster.fork_server=false")
+    with ray_session(config, None) as found:
+        assert found.is_local
+    assert seen == [None]
 
 
 @pytest.fixture

@@ -104,7 +104,12 @@ def _locked_file(run: Storage) -> Iterator[Hold]:
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
-        yield Hold()
+        try:
+            yield Hold()
+        finally:  # a machine that has no file locks sees only what is written
+            with contextlib.suppress(OSError):  # the disk is full, or away
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), b"{}")
 
 
 def _gone(run: Storage) -> str:

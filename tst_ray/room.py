@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pipelines.errors import one_line
 from tst_ray.config import Config
@@ -46,14 +46,21 @@ def steadily(look: Callable[[], Value]) -> Value:
     """
     from ray.exceptions import RayError
 
+    def answer() -> tuple[Value | None, UserError | None]:
+        try:
+            return look(), None
+        except UserError as error:  # what is told to the user; a RunError is a RuntimeError, too
+            return None, error
+
     try:
-        return patiently(look, also=(RayError, RuntimeError))
-    except UserError:
-        raise
+        value, told = patiently(answer, also=(RayError, RuntimeError))
     except (RayError, RuntimeError) as error:
         raise RunError(
             f"the head node does not answer ({one_line(error)}); the same command resumes"
         ) from error
+    if told is not None:
+        raise told
+    return cast(Value, value)
 
 
 def _living() -> set[str]:

@@ -102,7 +102,9 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
         ConfigError: a Ray here could never have room for the plan.
         RunError: there is no cluster at the address.
     """
-    is_local = "RAY_ADDRESS" not in os.environ
+    is_local = not os.environ.get("RAY_ADDRESS")
+    if is_local:
+        os.environ.pop("RAY_ADDRESS", None)  # empty: to unset it is what was meant
     if is_local and plan is not None:
         check_local(config, plan)
     # Usage statistics would leave the user's machine.

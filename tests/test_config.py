@@ -270,6 +270,14 @@ REFUSED = [
     ("--cluster.workers=[4, 2]", "cluster.workers = [4, 2]: min is more than max; swap them"),
     ("--cluster.workers=[1, 2, 3]", "cluster.workers = [1, 2, 3]: must be a number of workers or "),
     ("--cluster.workers=1.5", "cluster.workers = 1.5: must be a number of workers or "),
+    (
+        "--cluster.resources_per_worker={slot: 0}",
+        "cluster.resources_per_worker.slot = 0: must be more than 0",
+    ),
+    ("--cluster.resources_per_worker={slot: -1}", ".slot = -1: must be more than 0"),
+    ("--cluster.resources_per_worker={CPU: 0}", "own; set cluster.cpus_per_worker instead"),
+    ("--cluster.resources_per_worker={CPU: 8}", "own; set cluster.cpus_per_worker instead"),
+    ("--cluster.resources_per_worker={GPU: 1}", "own; set cluster.gpus_per_worker instead"),
     ("--checkpoint.async=7", "checkpoint.async = 7: must be true or false"),
     # unknown fields
     ("--train.batchsize=3", "train.batchsize = 3: no such field; did you mean train.batch_size?"),

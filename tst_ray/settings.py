@@ -59,6 +59,15 @@ def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _custom(value: Any) -> Any:
+    """Resources that have no setting of their own, which would be overridden in silence."""
+    own = {"cpu": "cluster.cpus_per_worker", "gpu": "cluster.gpus_per_worker"}
+    for name in value if isinstance(value, Mapping) else ():
+        if setting := own.get(str(name).lower()):
+            raise ValueError(f"{name} has a setting of its own; set {setting} instead")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -316,7 +325,9 @@ class ClusterConfig(_Section):
     """CPUs that Ray sets aside for a worker"""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs of a worker: 0 or 1"""
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_custom)
+    ] = {}
     """custom Ray resources of a worker"""
     data_cpus: Count = 1
     """CPUs kept free of workers, for reading data"""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
 from ray.exceptions import NodeDiedError, RayTaskError
 
 from tst_ray import sight as sight_module
@@ -44,8 +46,8 @@ class Looks:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self._sleep)
 
-    def _begin(self, node: str, paths: list[str]) -> str:
-        assert paths == list(NEEDED)
+    def _begin(self, node: str, needed: dict[str, str]) -> str:
+        assert needed == NEEDED
         self.begun.append(node)
         return node
 
@@ -140,7 +142,11 @@ def test_who_has_enough_nodes_does_not_wait_for_more(looks: Looks) -> None:
 def test_a_look_says_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "here").touch()
     asked = [str(tmp_path / name) for name in ("here", "not", "nor")]
-    assert sight_module.missing(asked) == dict.fromkeys(asked[1:], "")
+    assert sight_module.missing(of_the_run(*asked)) == dict.fromkeys(asked[1:], "")
+
+
+def of_the_run(*paths: str) -> dict[str, str]:
+    return dict.fromkeys(paths, "run.storage")
 
 
 def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +155,7 @@ def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.M
     run.write("config.yaml", "")
     asked = ["memory://seen/run/config.yaml", "memory://seen/run/not", "nothing://a/config.yaml"]
     here, *rest = asked
-    found = sight_module.missing(asked)
+    found = sight_module.missing(of_the_run(*asked))
     assert list(found) == rest
     assert found[rest[0]] == "" and "nothing://a: cannot be opened" in found[rest[1]]
 
@@ -157,7 +163,7 @@ def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.M
         raise PermissionError("403 forbidden")
 
     monkeypatch.setattr(Storage, "exists", refuse)
-    assert sight_module.missing([here]) == {here: "403 forbidden"}
+    assert sight_module.missing(of_the_run(here)) == {here: "403 forbidden"}
     answers = [OSError("503"), True]
 
     def flaky(self: Storage, name: str = "") -> bool:
@@ -167,7 +173,7 @@ def test_a_look_at_an_object_store_says_why_it_is_not_seen(monkeypatch: pytest.M
         return answer
 
     monkeypatch.setattr(Storage, "exists", flaky)
-    assert sight_module.missing([here]) == {}, "it was asked again"
+    assert sight_module.missing(of_the_run(here)) == {}, "it was asked again"
 
 
 def test_where_all_see_nobody_looks(looks: Looks) -> None:
@@ -227,7 +233,8 @@ def needed(place: Path, *overrides: str, storage: str = "runs", **plan: str) -> 
         run.make()
         run.write_json("plan.json", plan)
     found = needed_everywhere(run, config)
-    assert all(Path(path).exists() for path in found if not path.endswith("config.yaml"))
+    there = (path for path in found if "://" not in path and not path.endswith("config.yaml"))
+    assert all(Path(path).exists() for path in there)
     return {path.removeprefix(f"{place}/"): setting for path, setting in found.items()}
 
 
@@ -247,7 +254,8 @@ def test_shards_elsewhere_must_be_seen_too(tmp_path: Path) -> None:
     assert needed(tmp_path, prepared) == RUN | shards
     far = {"memory://bucket/runs/a/config.yaml": "run.storage"}  # its package may be missing
     assert needed(tmp_path, prepared, storage="memory://bucket/runs") == far | shards
-    assert needed(tmp_path, "--data.prepared=memory://bucket/prepared") == RUN
+    for nowhere in ("memory://bucket/none", "nothing://bucket/prepared"):
+        assert needed(tmp_path, f"--data.prepared={nowhere}") == RUN, "that is told elsewhere"
     assert needed(tmp_path, f"--data.prepared={tmp_path}/nowhere") == RUN, "that is told elsewhere"
 
 
@@ -292,3 +300,59 @@ def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) ->
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     assert needed(tmp_path, f"--model={tmp_path}/model") == RUN | {"model": "model.source"}
     assert needed(tmp_path, "--model=paper-270m") == RUN
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What s3://bucket/ holds; only pyarrow opens it."""
+    (tmp_path / "bucket").mkdir()
+    store = SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem())
+
+    class Opens:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[FileSystem, str]:
+            if not uri.startswith("s3://bucket/"):
+                raise ArrowInvalid(f"unknown scheme: {uri}")
+            return store, uri.removeprefix("s3://bucket/")
+
+    monkeypatch.setattr("pipelines.storage.pafs.FileSystem", Opens)
+    return tmp_path / "bucket"
+
+
+def test_shards_on_an_object_store_must_be_seen_as_readers_see_them(
+    tmp_path: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pyarrow: fsspec's package need not be there. The run's own storage does need it."""
+    prepared = "--data.prepared=s3://bucket/prepared"
+    assert needed(tmp_path, prepared) == RUN, "that is told elsewhere"
+    (bucket / "prepared").mkdir()
+    (bucket / "prepared" / "manifest.json").touch()
+    manifest = "s3://bucket/prepared/manifest.json"
+    shards = {manifest: "data.prepared"}
+    assert needed(tmp_path, prepared) == RUN | shards
+    assert sight_module.missing(shards) == {}
+    (told,) = sight_module.missing(of_the_run(manifest)).values()
+    assert "s3://bucket/prepared: cannot be opened" in told
+    (bucket / "prepared" / "manifest.json").unlink()
+    assert sight_module.missing(shards) == {manifest: ""}
+    cache = {"s3://bucket/cache/.seen": "data.cache"}
+    assert needed(tmp_path, "--data.cache=s3://bucket/cache") == RUN | cache
+    assert (bucket / "cache" / ".seen").exists()
+    assert needed(tmp_path, shards="s3://bucket/cache") == RUN, "it is gone"
+
+    def silent(path: str) -> bool:
+        raise OSError("503")
+
+    monkeypatch.setattr(sight_module, "_is_there", silent)
+    assert needed(tmp_path, prepared) == RUN | shards, "the nodes look again"
+    monkeypatch.setattr(sight_module, "_PATIENCE_S", 0.0)
+    assert sight_module.missing(shards) == {manifest: "503"}
+
+
+def test_shards_below_remote_storage_are_seen_with_it() -> None:
+    below = sight_module._is_below
+    assert below("memory://bucket/runs/shards", Storage("memory://bucket/runs"))
+    assert not below("memory://bucket/runs2/shards", Storage("memory://bucket/runs"))
+    assert not below("/runs/shards", Storage("memory://bucket/runs"))
+    assert not below("memory://bucket/runs/shards", Storage("/runs"))
+    assert below("file:///tmp/runs/shards", Storage("/tmp/runs"))

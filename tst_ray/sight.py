@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from pyarrow.fs import FileType
+
 from pipelines.errors import DataError, one_line
+from pipelines.storage import absolute, locate, write_atomically
 from tst_ray.config import Config
 from tst_ray.corpus import cache_folder, shards_folder
 from tst_ray.errors import RunError, UserError, last_line
@@ -99,7 +102,7 @@ class Sight:
             found = self._found.get(node)
             if found is None or (not found.sees and now > found.again_at):
                 number = found.number + 1 if found else 0
-                self._looks[node] = _Look(_begin(node, list(self._needed)), now, number)
+                self._looks[node] = _Look(_begin(node, self._needed), now, number)
 
     @property
     def is_looking(self) -> bool:
@@ -140,14 +143,15 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
     if config.model.source is not None and os.path.isdir(config.model.source):
         needed[config.model.source] = "model.source"
     begun_with = (run.read_json(PLAN) or {}).get("shards")
-    shards = Storage(_place_of_shards(config, begun_with))
-    if shards.is_local and not _is_below(shards.path, Storage(config.run.storage)):
-        if shards.exists(MANIFEST):
-            needed[shards.at(MANIFEST)] = "data.prepared" if config.data.prepared else "data.cache"
+    shards = absolute(_place_of_shards(config, begun_with))
+    if not _is_below(shards, Storage(config.run.storage)):
+        if _may_be_there(f"{shards}/{MANIFEST}"):
+            setting = "data.prepared" if config.data.prepared else "data.cache"
+            needed[f"{shards}/{MANIFEST}"] = setting
         elif not begun_with and not config.data.prepared:
-            with contextlib.suppress(OSError):
-                shards.write(_SEEN, "")
-                needed[shards.at(_SEEN)] = "data.cache"
+            with contextlib.suppress(DataError):
+                write_atomically(*locate(f"{shards}/{_SEEN}"), b"")
+                needed[f"{shards}/{_SEEN}"] = "data.cache"
     return needed
 
 
@@ -159,34 +163,70 @@ def _place_of_shards(config: Config, begun_with: str | None) -> str:
         return cache_folder(config)
     with contextlib.suppress(DataError, RunError):  # that is told elsewhere
         now = shards_folder(config)
-        if Storage(now).exists(MANIFEST):
+        if _is_there(f"{now}/{MANIFEST}"):
             return now
     return begun_with
 
 
-def _is_below(path: str, storage: Storage) -> bool:
+def _is_there(path: str) -> bool:
+    """Whether readers of shards find a file: many an object store they open by pyarrow alone.
+
+    Raises:
+        DataError: nothing opens the address.
+        OSError: its filesystem does not answer.
+    """
+    filesystem, inner = locate(path)
+    try:
+        return bool(filesystem.get_file_info(inner).type != FileType.NotFound)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the filesystem's library raises
+        raise OSError(one_line(error)) from error
+
+
+def _may_be_there(path: str) -> bool:
+    """Whether nodes are to look for a file of the shards; what nothing opens is told elsewhere."""
+    try:
+        return _is_there(path)
+    except DataError:
+        return False
+    except OSError:  # the nodes have the patience to look again
+        return True
+
+
+def _is_below(place: str, storage: Storage) -> bool:
     """Whether a folder is there wherever storage is: below it, and on the same filesystem."""
+    path = place.removeprefix("file://")
+    if not storage.is_local or "://" in path:
+        return place.startswith(f"{storage.url}/")
     real, above = os.path.realpath(path), os.path.realpath(storage.path)
-    if not storage.is_local or not real.startswith(f"{above}/"):
+    if not real.startswith(f"{above}/"):
         return False
     return not os.path.exists(real) or os.stat(real).st_dev == os.stat(above).st_dev
 
 
-def missing(paths: list[str]) -> dict[str, str]:
-    """Those of the paths and URLs at which nothing is seen from here; why, where that is known."""
-    found = {path: _why_not_seen(path) for path in paths}
+def missing(needed: Mapping[str, str]) -> dict[str, str]:
+    """Those of the paths and URLs at which nothing is seen from here; why, where that is known.
+
+    Args:
+        needed: and the setting that says where each is.
+    """
+    found = {path: _why_not_seen(path, setting) for path, setting in needed.items()}
     return {path: why for path, why in found.items() if why is not None}
 
 
-def _why_not_seen(path: str) -> str | None:
+def _why_not_seen(path: str, setting: str) -> str | None:
     if "://" not in path:
         return None if os.path.exists(path) else ""
     folder, _, name = path.rpartition("/")
 
     def look() -> str | None:
+        """As it will be opened: shards are read in another way than the run."""
         try:
-            return None if Storage(folder).exists(name) else ""
-        except (PermissionError, UserError) as error:  # no credentials, or not the package
+            is_shards = setting.startswith("data.")
+            sees = _is_there(path) if is_shards else Storage(folder).exists(name)
+            return None if sees else ""
+        except (PermissionError, UserError, DataError) as error:  # no credentials, no package
             return one_line(error)
 
     try:
@@ -195,12 +235,12 @@ def _why_not_seen(path: str) -> str | None:
         return one_line(error)
 
 
-def _begin(node: str, paths: list[str]) -> Any:
+def _begin(node: str, needed: Mapping[str, str]) -> Any:
     """Begin to look on a node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _missing_there().options(num_cpus=0, scheduling_strategy=there).remote(paths)
+    return _missing_there().options(num_cpus=0, scheduling_strategy=there).remote(needed)
 
 
 @cache

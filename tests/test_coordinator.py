@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,32 @@ def test_how_a_run_stopped_is_not_said_of_it_while_a_driver_is_back_at_work(
     assert state.get("step") == (None if before is None else 7)
     assert (state["time"]["parts"].get("down", 0.0) > 1.0) is (before not in ("finished", None))
     assert run.read_lines("events.jsonl") == [], "it was refused before it trained"
+
+
+def test_storage_that_is_away_delays_no_word_of_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait outlasts it; who has ended is not kept from saying so."""
+    answers: list[Any] = [OSError("503")] * 2
+    waited: list[float] = []
+
+    def read(run: Storage) -> dict[str, Any]:
+        if answers:
+            raise answers.pop()
+        return {"status": "finished"}
+
+    def pauses(patience_s: float) -> Iterator[float]:
+        while True:
+            waited.append(patience_s)
+            yield 0.0
+
+    monkeypatch.setattr("tst_ray.coordinator.read_state", read)
+    monkeypatch.setattr("tst_ray.storage.pauses", pauses)
+    driver = Coordinator(load_config(None), SimpleNamespace(say=lambda text: None))
+    driver._record_failure(Storage(str(tmp_path)), RunError("it ended"))
+    assert waited == []
+    driver._wait_on(Storage(str(tmp_path)))
+    assert len(waited) == 1
 
 
 @pytest.mark.parametrize(("step", "part"), [(0, "startup"), (100, "restart")])

@@ -175,7 +175,7 @@ class Coordinator:
     def _wait_on(self, run: Storage) -> None:
         """Charge what has passed to waiting. Raises Overtaken."""
         self._held.check()
-        self._charge(run, "waiting_for_nodes")
+        patiently(lambda: self._charge(run, "waiting_for_nodes"))
 
     def _with_ray(self, run: Storage) -> Outcome:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
@@ -376,7 +376,7 @@ class Coordinator:
 
 
 def _is_finished(run: Storage) -> bool:
-    return bool(patiently(lambda: read_state(run)).get("status") == "finished")
+    return bool(read_state(run).get("status") == "finished")
 
 
 def _fold_events(run: Storage) -> None:

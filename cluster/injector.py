@@ -318,7 +318,12 @@ class Injector:
     def _driver(self) -> Driver:
         try:
             owner = self._storage.read_json(LOCK)
-            return Driver(str(owner["host"]), int(owner["pid"]), float(owner["since"]))
+            return Driver(
+                host=str(owner["host"]),
+                pid=int(owner["pid"]),
+                since=float(owner["since"]),
+                pids=str(owner.get("pids", "")),
+            )
         except (TypeError, KeyError, ValueError) as error:
             raise NotNow(f"nobody drives {self._storage.url}") from error
 

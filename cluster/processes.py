@@ -63,14 +63,20 @@ def signal_ray_worker(pid: int, signum: int, raylet_pid: int | None = None) -> N
     os.kill(pid, signum)
 
 
-def signal_older_process(pid: int, signum: int, started_before: float) -> None:
+def signal_older_process(pid: int, signum: int, started_before: float, pids: str = "") -> None:
     """Send a signal to a process, if it started before a time (Unix seconds).
 
+    Args:
+        pids: the namespace of its number; empty for any.
+
     Raises:
-        ProcessLookupError: it has ended; one that started later is another.
+        ProcessLookupError: it has ended; one that started later is another, and so is one of that
+            number outside of its container.
     """
     if not is_running(pid) or _started(pid) > started_before + _CLOCK_SLACK_S:
         raise ProcessLookupError(f"process {pid} has ended")
+    if pids and os.readlink(f"/proc/{pid}/ns/pid") != pids:
+        raise ProcessLookupError(f"process {pid} is another than its container's")
     os.kill(pid, signum)
 
 

@@ -36,11 +36,17 @@ class Impossible(Exception):
 
 @dataclass(frozen=True)
 class Driver:
-    """The process that drives a run, as driver.lock has it; `since` is in Unix seconds."""
+    """The process that drives a run, as driver.lock has it.
+
+    Attributes:
+        since: when it took the run (Unix seconds).
+        pids: the namespace of its number, as /proc names it; empty where that is not known.
+    """
 
     host: str
     pid: int
     since: float
+    pids: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Target:
         if driver.host != socket.gethostname():
             raise Impossible(f"the driver runs on another machine, {driver.host}")
         try:
-            processes.signal_older_process(driver.pid, signum, driver.since)
+            processes.signal_older_process(driver.pid, signum, driver.since, driver.pids)
         except ProcessLookupError as error:
             raise NotNow(str(error)) from error
 
@@ -248,7 +254,7 @@ class RayTarget(Target):
             return
         for node in self._gcs.nodes():
             if node["NodeManagerHostname"] == driver.host:
-                arguments = (driver.pid, signum, driver.since)
+                arguments = (driver.pid, signum, driver.since, driver.pids)
                 self._run_on(node["NodeID"], processes.signal_older_process, *arguments)
                 return
         raise Impossible(f"the driver runs on {driver.host}, which is no node of this cluster")

@@ -238,7 +238,10 @@ def test_the_driver_is_killed_but_not_who_has_its_number_now(trained: Storage) -
         start_run(trained, 9, pid=driver.pid, host="elsewhere")
         with pytest.raises(Impossible, match="elsewhere"):
             injector.aim(injector.pending[0]).strike()
-        start_run(trained, 9, pid=driver.pid)
+        start_run(trained, 9, pid=driver.pid, pids="pid:[1]")  # a container's, on this host's name
+        with pytest.raises(NotNow, match="another than its container's"):
+            injector.aim(injector.pending[0]).strike()
+        start_run(trained, 9, pid=driver.pid, pids=os.readlink("/proc/self/ns/pid"))
         injector.poll()
         assert driver.wait(timeout=PATIENCE_S) == -signal.SIGKILL
         assert later.poll() is None

@@ -215,8 +215,22 @@ def check_supported(config: Any, *, latent_length: int) -> None:
             f"model.config.max_position_embeddings = {limit}: shorter than "
             f"train.sequence_length = {latent_length}; raise the one or lower the other"
         )
+    _check_attention(config)
     logit_scale(config)
     _check_blocks(config)
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse an attention that transformers does not know, which else only the workers would."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config._attn_implementation
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS if "|" not in key)]
+    if name not in known and "/" not in name:
+        raise ConfigError(
+            f"model.attention = {name!r}: transformers does not know it; give one of "
+            f"{', '.join(sorted(known))}, or a kernel of the Hub as owner/name"
+        )
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.test_bad_input import arguments
 from tests.test_runs import write_text
@@ -67,6 +69,17 @@ def test_the_command_writes_it_again(
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == Path(
         run.at("model/model.safetensors")
     ).read_bytes()
+
+
+def test_the_attention_of_the_run_is_not_needed(run: Storage, tmp_path: Path) -> None:
+    """It may be to be had on GPUs alone."""
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    config = yaml.safe_load(run.read("config.yaml"))
+    config["model"]["attention"] = "owner/no_such_kernel"
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    _, folder = export_run(Storage(str(copy)), str(tmp_path / "model"))
+    assert "no_such_kernel" not in Path(folder, "config.json").read_text()
 
 
 def test_a_folder_with_other_files_is_left_alone(run: Storage, tmp_path: Path) -> None:

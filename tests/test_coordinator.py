@@ -261,7 +261,7 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
     def begun(backend: str, function: Any, *args: Any, away: frozenset[str], **rest: Any) -> Any:
         asked.append((function.__name__, away))
         shape = SimpleNamespace(parameters=1)
-        ended = ((), shape) if function is check_model else (blind.plan.total_steps, [])
+        ended = ((), shape, {}) if function is check_model else (blind.plan.total_steps, [])
         return Call(lambda: ended, ())
 
     monkeypatch.setattr("tst_ray.coordinator.begin", begun)
@@ -270,7 +270,7 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
     for name in ("_corpus_of", "_charge", "_record_plan", "_train", "_finish"):
         monkeypatch.setattr(blind, name, lambda *args, **options: None)
-    blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray"))
+    blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray", None))
     names = ["check_model", "check_model", "export_model"]
     assert asked == [(name, frozenset({"blind"})) for name in names]
 

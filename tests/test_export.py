@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig
 
-from tests.test_bad_input import arguments
-from tests.test_runs import write_text
+from tests.test_bad_input import arguments, interrupted
+from tests.test_runs import SETTINGS, write_text
 from tst_ray.checkpoint import committed
 from tst_ray.cli import main
 from tst_ray.errors import RunError
@@ -80,6 +82,41 @@ def test_the_attention_of_the_run_is_not_needed(run: Storage, tmp_path: Path) ->
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     _, folder = export_run(Storage(str(copy)), str(tmp_path / "model"))
     assert "no_such_kernel" not in Path(folder, "config.json").read_text()
+
+
+@pytest.mark.parametrize("source", ["changed", "gone"])
+def test_a_run_goes_on_with_the_model_that_it_began_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str
+) -> None:
+    fields = yaml.safe_load(SETTINGS["model.config"])
+    config = LlamaConfig(**{k: v for k, v in fields.items() if k != "model_type"})
+    config.save_pretrained(folder := tmp_path / "source")
+    text = write_text(tmp_path / "text")
+    args = arguments(tmp_path, text, checkpoint__every=2, model__source=folder, model__config=None)
+    assert main(["run", *args]) == 0
+    model = tmp_path / "bad" / "model"
+    first = {path.name: path.read_bytes() for path in model.iterdir()}
+    interrupted(tmp_path / "bad")
+    shutil.rmtree(folder)
+    if source == "changed":
+        config.hidden_act, config.rope_parameters = "gelu", {"rope_theta": 7.0}
+        config.save_pretrained(folder)
+    capfd.readouterr()
+    assert main(["run", *args]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    told = "began (hidden_act, rope_parameters); it goes on with those that it began with"
+    assert (told in said) == (source == "changed")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == first
+
+
+def test_a_run_of_an_older_version_reads_its_model_anew(run: Storage, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    plan = run.read_json("plan.json")
+    assert plan.pop("model")["hidden_act"] == "silu"
+    (copy / "plan.json").write_text(json.dumps(plan))
+    _, folder = export_run(Storage(str(copy)), str(tmp_path / "model"))
+    assert Path(folder, "config.json").read_bytes() == run.read("model/config.json")
 
 
 def test_a_folder_with_other_files_is_left_alone(run: Storage, tmp_path: Path) -> None:

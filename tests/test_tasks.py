@@ -21,7 +21,7 @@ GIB = 2.0**30
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
     config = load_config(None)
-    remarks, shape = check_model(config, build_plan(config), None)
+    remarks, shape, _ = check_model(config, build_plan(config), None)
     assert not remarks
     return shape
 

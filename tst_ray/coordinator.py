@@ -52,7 +52,7 @@ from tst_ray.nodes import (
 )
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.room import steadily
-from tst_ray.runstore import MANIFEST, PLAN, open_run, read_events
+from tst_ray.runstore import MANIFEST, PLAN, kept_model, open_run, read_events
 from tst_ray.session import ray_session
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
@@ -127,7 +127,7 @@ class Coordinator:
                 _fold_events(run)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
-                    return self._drive(run, "inline", self._begin_check("inline"))
+                    return self._drive(run, "inline", self._begin_check("inline", kept_model(run)))
                 return self._with_ray(run)
             except BaseException as error:
                 self._held.check()  # then what failed is of no matter, and the run not ours to mark
@@ -188,7 +188,7 @@ class Coordinator:
                 update_state(run, ray_address=session.address)
                 try:
                     self._check_cluster(run, is_local=session.is_local)
-                    check = self._begin_check("ray")
+                    check = self._begin_check("ray", kept_model(run))
                     with self._memory_of_the_cluster():
                         return self._drive(run, "ray", check)
                 finally:
@@ -243,8 +243,10 @@ class Coordinator:
         self.sight.settle()
         return begin(backend, function, *args, memory=memory, away=self.sight.unseen())
 
-    def _begin_check(self, backend: str, manifest: Manifest | None = None) -> Call:
-        return self._begin(backend, check_model, self.config, self.plan, manifest)
+    def _begin_check(
+        self, backend: str, model: dict[str, Any] | None, manifest: Manifest | None = None
+    ) -> Call:
+        return self._begin(backend, check_model, self.config, self.plan, manifest, model)
 
     def _result(self, run: Storage, task: Call, part: str) -> Any:
         """What a task gives; where others hold every CPU, the user and the account hear of it.
@@ -265,11 +267,12 @@ class Coordinator:
 
     def _drive(self, run: Storage, backend: str, check: Call) -> Outcome:
         starting = self._starting(run)
-        remarks, _ = self._result(run, check, starting)
+        remarks, _, model = self._result(run, check, starting)
         for remark in remarks:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
-        _, shape = self._result(run, self._begin_check(backend, manifest), starting)
+        check = self._begin_check(backend, model, manifest)
+        _, shape, _ = self._result(run, check, starting)
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := memory_problem(shape, stores):
@@ -280,7 +283,7 @@ class Coordinator:
         if len(shares := mixture(order)) > 1:
             self.say(f"mixture: {shown_mixture(shares)}")
         feeds = build_feeds(self.plan, order, manifest, run.location(MANIFEST))
-        self._record_plan(run, manifest)
+        self._record_plan(run, manifest, model)
         while True:
             for number, stage in enumerate(self.plan.stages()):
                 self._train(run, feeds, stage, switched=number > 0)
@@ -311,8 +314,8 @@ class Coordinator:
             return prepare_corpus(self.config, backend, self.say)
         return corpus_begun_with(self.config, before, run.location(MANIFEST), backend, self.say)
 
-    def _record_plan(self, run: Storage, manifest: Manifest) -> None:
-        """Write the plan and the manifest before the first step; later, where they no longer hold.
+    def _record_plan(self, run: Storage, manifest: Manifest, model: dict[str, Any]) -> None:
+        """Write plan, model and manifest before the first step; later, where they no longer hold.
 
         Shards that moved are one such case; others are a manifest that was damaged, and shards that
         were made again under other names.
@@ -321,7 +324,7 @@ class Coordinator:
         if copied_manifest(manifest.folder, run.location(MANIFEST)) != manifest:
             manifest.save(run.location(MANIFEST))
         if before is None:
-            facts = {"corpus": manifest.fingerprint, "shards": manifest.folder}
+            facts = {"corpus": manifest.fingerprint, "shards": manifest.folder, "model": model}
             run.write_json(PLAN, {**asdict(self.plan), **facts})
         elif before["shards"] != manifest.folder:
             run.write_json(PLAN, {**before, "shards": manifest.folder})
@@ -340,7 +343,8 @@ class Coordinator:
         self._trains = True
         self._announce(phases, step)
         memory_url = self.vaults.url if self.vaults else None
-        job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url)
+        model = kept_model(run)
+        job = Job(self.config, self.plan, feeds, run.url, last_step, memory_url, model)
         stage = Stage(job, phases, self.say, vaults=self.vaults, sight=self.sight, held=self._held)
         with watch(run, self.plan, self.terminal):
             stage.train()

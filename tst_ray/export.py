@@ -57,7 +57,12 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     info = _pick(run, step)
     manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
     tokenizer = check_tokenizer(manifest)
-    made = hf_config(config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token)
+    made = hf_config(
+        config.model,
+        vocab_size=manifest.vocab_size,
+        eot_token=manifest.eot_token,
+        kept=plan.get("model"),
+    )
     made._attn_implementation = "eager"  # nothing is computed, and the run's may be on GPUs alone
     model = build_model(
         made,

@@ -6,6 +6,7 @@ driver ── Job ──> every worker, at its Place ── Ended ──> driver
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.ingest import Feed
 from tst_ray.config import Config
@@ -27,6 +28,8 @@ class Job:
         run_url: the run directory.
         last_step: where this stage ends.
         memory_url: where checkpoints in memory are kept; None for none.
+        model: the model's fields, as the run began with them (`model_config.model_fields`); None
+            reads them anew.
     """
 
     config: Config
@@ -35,6 +38,7 @@ class Job:
     run_url: str
     last_step: int
     memory_url: str | None = None
+    model: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The transformers configuration that a run's settings mean: read, and checked field by field.
 
     hf_config         the model section of a run → a transformers configuration
-    ignored_fields    what of it is not taken as given
+    model_fields      what a run keeps of it: a source may change, and transformers' own defaults
+    changed_fields    what is not as it was kept
+    ignored_fields    what of the section is not taken as given
 
 transformers keeps what it does not know, and ignores it: a run of a month must not find that out.
 """
@@ -9,6 +11,7 @@ transformers keeps what it does not know, and ignores it: a run of a month must 
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +42,13 @@ class ModelSection(Protocol):
     def attention(self) -> str: ...
 
 
-def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int | None) -> Any:
+def hf_config(
+    section: ModelSection,
+    *,
+    vocab_size: int | None,
+    eot_token: int | None,
+    kept: dict[str, Any] | None = None,
+) -> Any:
     """The transformers configuration that a model section means.
 
     From scratch, the vocabulary and the end-of-text token are the tokenizer's. A pretrained model
@@ -48,12 +57,13 @@ def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int |
     Args:
         section: source, config, pretrained, attention.
         vocab_size, eot_token: the tokenizer's; None where there is none yet (a dry run).
+        kept: `model_fields` as the run began with them; None reads them now.
 
     Raises:
         ConfigError: the source or the model type is unknown, or the model is no decoder-only
             causal language model.
     """
-    config = _read(section)
+    config = _made(kept) if kept else _read(section)
     _check_kind(config)
     config._attn_implementation = section.attention
     config.dtype = torch.float32
@@ -71,6 +81,36 @@ def hf_config(section: ModelSection, *, vocab_size: int | None, eot_token: int |
     config.bos_token_id = config.eos_token_id = eot_token
     config.pad_token_id = None
     return config
+
+
+def model_fields(section: ModelSection) -> dict[str, Any]:
+    """All fields of the configuration that a model section means now, as JSON has them.
+
+    Raises:
+        ConfigError: see `hf_config`.
+    """
+    fields: dict[str, Any] = json.loads(json.dumps(_read(section).to_dict()))
+    return fields
+
+
+def changed_fields(section: ModelSection, kept: dict[str, Any]) -> list[str]:
+    """A line on the fields that the section's source, or transformers, gives otherwise now.
+
+    What cannot be read now is not needed: a run goes on with what was kept.
+    """
+    try:
+        now = model_fields(section)
+    except ConfigError:
+        return []
+    # of what only one has, another version of transformers is the reason
+    both = sorted(now.keys() & kept.keys() - {"transformers_version"})
+    if not (changed := [name for name in both if now[name] != kept[name]]):
+        return []
+    where = f"model.source = {section.source!r}" if section.source else "model.config"
+    return [
+        f"{where}: gives other values now than when the run began ({', '.join(changed)}); it goes "
+        "on with those that it began with"
+    ]
 
 
 def _read(section: ModelSection) -> Any:
@@ -101,8 +141,14 @@ def _read(section: ModelSection) -> Any:
             f"{_nearest(str(model_type), _model_types())}"
         ) from error
     _check_spelling(section.config, default)
+    return _made({"model_type": model_type, **changes})
+
+
+def _made(fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.for_model(model_type, **changes)
+        return AutoConfig.for_model(**fields)
     except Exception as error:  # whatever a configuration class raises about its fields
         raise ConfigError(f"model.config: {one_line(error)}") from error
 
@@ -172,15 +218,18 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
             raise ConfigError(f"model.config.{name}: {default.model_type} has no such field{near}")
 
 
-def ignored_fields(section: ModelSection) -> list[str]:
+def ignored_fields(section: ModelSection, kept: dict[str, Any] | None = None) -> list[str]:
     """The fields of `model.config` that are not taken as given, a line each.
 
     transformers keeps as it is what it does not know, and no model of that type reads it; some
     fields a configuration works out from others.
+
+    Args:
+        kept: see `hf_config`.
     """
     if not section.config:
         return []
-    made = _read(section)
+    made = _made(kept) if kept else _read(section)
     default, kind = type(made)(), made.model_type
     known = {*default.to_dict(), *default.attribute_map, *_READ_OF_ANY}
     rope = getattr(made, "rope_parameters", None) or {}

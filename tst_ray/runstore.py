@@ -1,6 +1,7 @@
 """The run directory: opening it once, for one driver, and only for the run it belongs to.
 
-    config.yaml  plan.json     written before the first step: the run's identity
+    config.yaml  plan.json     written before the first step: the run's identity, with all fields
+                               of its model
     manifest.json              the shards that it began with
     driver.lock                who drives it now (hold.py)
 
@@ -82,3 +83,10 @@ def open_run(config: Config) -> Iterator[tuple[Storage, Hold]]:
 def read_events(run: Storage) -> list[dict[str, Any]]:
     """All events, oldest first."""
     return run.read_lines(EVENTS)
+
+
+def kept_model(run: Storage) -> dict[str, Any] | None:
+    """The model's fields that the run began with; None before the first step, and in an older
+    version's run."""
+    fields: dict[str, Any] | None = (run.read_json(PLAN) or {}).get("model")
+    return fields

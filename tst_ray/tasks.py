@@ -135,8 +135,8 @@ def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
 
 
 def check_model(
-    config: Config, plan: Plan, manifest: Manifest | None
-) -> tuple[list[str], ModelShape]:
+    config: Config, plan: Plan, manifest: Manifest | None, kept: dict[str, Any] | None = None
+) -> tuple[list[str], ModelShape, dict[str, Any]]:
     """Refuse, before workers start, a model that cannot be trained or does not fit the text.
 
     And a tokenizer that is not the one the text's shards were made with: the trained model's folder
@@ -144,9 +144,10 @@ def check_model(
 
     Args:
         manifest: the text's; None before it is there, for all that the model alone tells.
+        kept: the model's fields that the run began with; None reads them.
 
     Returns:
-        remarks for the user, and the model's shape.
+        remarks for the user, the model's shape, and its fields.
 
     Raises:
         ConfigError: with the reason.
@@ -156,7 +157,7 @@ def check_model(
 
     from pipelines.tokenizer import check_tokenizer
     from tst_ray.architecture import check_supported, describe
-    from tst_ray.model_config import hf_config, ignored_fields
+    from tst_ray.model_config import changed_fields, hf_config, ignored_fields, model_fields
 
     cluster = config.cluster
     if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
@@ -164,15 +165,14 @@ def check_model(
             f"cluster.gpus_per_worker = {cluster.gpus_per_worker:g}: torch sees no GPU on this "
             "machine; set 0, or cluster.backend=ray on a cluster that has some"
         )
-    model = hf_config(
-        config.model,
-        vocab_size=manifest.vocab_size if manifest else None,
-        eot_token=manifest.eot_token if manifest else None,
-    )
+    fields = kept or model_fields(config.model)
+    vocab_size, eot_token = (manifest.vocab_size, manifest.eot_token) if manifest else (None, None)
+    model = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token, kept=fields)
     if manifest:
         check_tokenizer(manifest)
     check_supported(model, latent_length=plan.sequence_length)
-    return ignored_fields(config.model), describe(model)
+    changed = changed_fields(config.model, kept) if kept and not manifest else []
+    return [*ignored_fields(config.model, fields), *changed], describe(model), fields
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

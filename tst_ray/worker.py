@@ -130,7 +130,10 @@ class Trainer:
         self.times["verified"] = round(time.time(), 3)
         manifest = load_manifest(job.feeds[0])
         self.hf_config = hf_config(
-            config.model, vocab_size=manifest.vocab_size, eot_token=manifest.eot_token
+            config.model,
+            vocab_size=manifest.vocab_size,
+            eot_token=manifest.eot_token,
+            kept=job.model,
         )
         self.model: SuperpositionLM = build_model(
             self.hf_config,

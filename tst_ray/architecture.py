@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
+from tst_ray.model_config import set_special_tokens
 from tst_ray.plan import ModelShape
 from tst_ray.superposition import embed_bags
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k")
 _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _CHECK_VOCABULARY = 64
 _OF_SIZES = re.compile(r"\b(shapes?|sizes?|dimensions?|divi\w+|heads|mat1)\b", re.IGNORECASE)
 
@@ -154,8 +156,8 @@ def describe(config: Any) -> ModelShape:
     num_experts, top_k = experts(config)
     in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     idle = in_experts - in_experts * top_k // num_experts if num_experts else 0
-    num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(num_heads, 1)
+    num_heads = int(_field(config, "num_attention_heads") or 0)
+    head_dim = _field(config, "head_dim") or config.hidden_size // max(num_heads, 1)
     return ModelShape(
         parameters=total,
         active_parameters=total - idle,
@@ -165,7 +167,7 @@ def describe(config: Any) -> ModelShape:
         hidden_size=config.hidden_size,
         num_layers=len(parts.blocks),
         num_heads=num_heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        num_kv_heads=int(_field(config, "num_key_value_heads") or num_heads),
         head_dim=int(head_dim) if num_heads else 0,
         intermediate_size=_intermediate_size(config, top_k),
         experts_per_token=top_k,
@@ -182,18 +184,29 @@ def experts(config: Any) -> tuple[int, int]:
 
 
 def _intermediate_size(config: Any, top_k: int) -> int:
-    narrow = getattr(config, "moe_intermediate_size", None)
+    narrow = _field(config, "moe_intermediate_size")
     if narrow and top_k:
-        shared = getattr(config, "shared_expert_intermediate_size", None)
-        shared = shared or narrow * int(getattr(config, "n_shared_experts", None) or 0)
+        shared = _field(config, "shared_expert_intermediate_size")
+        shared = shared or narrow * int(_field(config, "n_shared_experts") or 0)
         return int(narrow) * top_k + int(shared)
-    size = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    size = _field(config, "intermediate_size") or _field(config, "n_inner")
     return int(size or 4 * config.hidden_size) * max(top_k, 1)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int:
-    values = (getattr(config, name, None) for name in names)
+    values = (_field(config, name) for name in names)
     return next((value for value in values if isinstance(value, int)), 0)
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a configuration, None where it has none.
+
+    Where layers have their own, which is refused as a whole, the largest; that is for estimates.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return getattr(config, name, None)
+    values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max((value for value in values if value is not None), default=None)
 
 
 # -- checking ----------------------------------------------------------------------------------
@@ -209,6 +222,10 @@ def check_supported(config: Any, *, latent_length: int) -> None:
     Raises:
         ConfigError: with the field, its value and what would do.
     """
+    for name in _SIZES:
+        size = _field(config, name)
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(f"model.config.{name} = {size}: must be at least 1")
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit < latent_length:
         raise ConfigError(
@@ -309,7 +326,7 @@ def _blockless(config: Any) -> tuple[Any, Anatomy]:
     """
     config = copy.deepcopy(config)
     config.vocab_size = _CHECK_VOCABULARY
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    set_special_tokens(config, None)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # without blocks there are none
     config._attn_implementation = "eager"  # there is no attention left, and this one always exists

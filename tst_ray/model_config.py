@@ -15,6 +15,7 @@ import json
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
@@ -77,10 +78,21 @@ def hf_config(
         return config
     if vocab_size is not None:
         config.vocab_size = vocab_size
-    # a special token of another vocabulary may lie outside this one, and nothing is padded
-    config.bos_token_id = config.eos_token_id = eot_token
-    config.pad_token_id = None
+    set_special_tokens(config, eot_token)
     return config
+
+
+def set_special_tokens(config: Any, eot_token: int | None) -> None:
+    """Begin and end texts with one token: those of another vocabulary may lie outside this one.
+
+    Nothing is padded, but some classes insist on a number for each: they get that token, too.
+    """
+    tokens = {"bos_token_id": eot_token, "eos_token_id": eot_token, "pad_token_id": None}
+    for name, token in tokens.items():
+        try:
+            setattr(config, name, token)
+        except StrictDataclassFieldValidationError:
+            setattr(config, name, eot_token or 0)
 
 
 def model_fields(section: ModelSection) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def changed_fields(section: ModelSection, kept: dict[str, Any]) -> list[str]:
 
 
 def _read(section: ModelSection) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     changes, base_fields = dict(section.config), {}
     if section.source is not None:
@@ -133,14 +145,12 @@ def _read(section: ModelSection) -> Any:
             "model.config: has no model_type; give one, such as llama, or give model.source"
         )
     model_type = changes.pop("model_type")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError as error:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.config.model_type = {model_type!r}: transformers does not know it"
-            f"{_nearest(str(model_type), _model_types())}"
-        ) from error
-    _check_spelling(section.config, default)
+            f"{_nearest(str(model_type), CONFIG_MAPPING)}"
+        )
+    _check_spelling(section.config, _made({"model_type": model_type}))
     return _made({"model_type": model_type, **changes})
 
 
@@ -198,12 +208,6 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(name), dict)
     }
     return {**base, **changes, **both}
-
-
-def _model_types() -> list[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return list(CONFIG_MAPPING_NAMES)
 
 
 def _check_spelling(given: dict[str, Any], default: Any) -> None:

@@ -1,13 +1,18 @@
 """A model section as transformers reads it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.models import VOCAB, section, tiny
+from tests.test_bad_input import arguments
+from tests.test_runs import write_text
 from tst_ray.architecture import check_supported
+from tst_ray.cli import main
 from tst_ray.errors import ConfigError
-from tst_ray.model_config import hf_config
+from tst_ray.model import build_model
+from tst_ray.model_config import hf_config, ignored_fields, ignored_vocabulary
 
 L = 6
 
@@ -36,3 +41,39 @@ def test_a_model_whose_own_defaults_are_refused_is_refused_in_a_line() -> None:
     given = section(config={"model_type": "gemma4_assistant"})
     with pytest.raises(ConfigError, match=r"^model\.config: .*must be 0"):
         hf_config(given, vocab_size=None, eot_token=None)
+
+
+# -- what is not taken as given ----------------------------------------------------------------
+
+
+def test_no_router_loss_where_the_user_says_so(tmp_path: Path) -> None:
+    """In a source it is transformers' own default, and says nothing."""
+    no = {"output_router_logits": False}
+    assert not build_model(tiny("mixtral", **no), seed=0).has_router
+    config = tiny("mixtral")
+    assert build_model(config, seed=0).has_router
+    assert config.output_router_logits is False
+    config.save_pretrained(tmp_path)
+    again = hf_config(section(source=str(tmp_path)), vocab_size=VOCAB, eot_token=0)
+    assert again.router_aux_loss_coef == 0.01
+    assert ignored_fields(section(config={"model_type": "mixtral", **no})) == []
+    both = {"model_type": "mixtral", "router_aux_loss_coef": 0.02, **no}
+    assert ignored_fields(section(config=both)) == [
+        "model.config.router_aux_loss_coef = 0.02: it is ignored; output_router_logits is false"
+    ]
+
+
+def test_another_vocabulary_than_the_tokenizers_is_told() -> None:
+    config = {"model_type": "llama", "vocab_size": 32_000}
+    assert ignored_vocabulary(section(config=config), 8_192) == [
+        "model.config.vocab_size = 32000: it is ignored; the model gets the tokenizer's 8192 tokens"
+    ]
+    assert ignored_vocabulary(section(config=config), 32_000) == []
+    assert ignored_vocabulary(section(config={}), 8_192) == []
+    assert ignored_vocabulary(section(config=config, pretrained=True, source="x"), 8_192) == []
+
+
+def test_a_run_tells_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = arguments(tmp_path, write_text(tmp_path / "text"))
+    assert main(["run", *args, "--model.config.vocab_size=32000"]) == 0
+    assert "vocab_size = 32000: it is ignored" in " ".join(capfd.readouterr().out.split())

@@ -272,7 +272,9 @@ class Coordinator:
             self.say(remark)
         manifest = self._corpus_of(run, backend)
         check = self._begin_check(backend, model, manifest)
-        _, shape, _ = self._result(run, check, starting)
+        remarks, shape, _ = self._result(run, check, starting)
+        for remark in remarks:
+            self.say(remark)
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := memory_problem(shape, stores):

@@ -2,8 +2,7 @@
 
     hf_config         the model section of a run → a transformers configuration
     model_fields      what a run keeps of it: a source may change, and transformers' own defaults
-    changed_fields    what is not as it was kept
-    ignored_fields    what of the section is not taken as given
+    model_remarks     what is not taken as given, or not as it was kept, to tell the user
 
 transformers keeps what it does not know, and ignores it: a run of a month must not find that out.
 """
@@ -68,6 +67,8 @@ def hf_config(
     _check_kind(config)
     config._attn_implementation = section.attention
     config.dtype = torch.float32
+    if _no_router_loss(section) and hasattr(config, "router_aux_loss_coef"):
+        config.router_aux_loss_coef = 0.0
     if section.pretrained:
         if vocab_size is not None and vocab_size > config.vocab_size:
             raise ConfigError(
@@ -80,6 +81,11 @@ def hf_config(
         config.vocab_size = vocab_size
     set_special_tokens(config, eot_token)
     return config
+
+
+def _no_router_loss(section: ModelSection) -> bool:
+    """Whether the user, not a source or a default, says so in the words of transformers."""
+    return section.config.get("output_router_logits") is False
 
 
 def set_special_tokens(config: Any, eot_token: int | None) -> None:
@@ -103,6 +109,19 @@ def model_fields(section: ModelSection) -> dict[str, Any]:
     """
     fields: dict[str, Any] = json.loads(json.dumps(_read(section).to_dict()))
     return fields
+
+
+def model_remarks(
+    section: ModelSection, kept: dict[str, Any] | None, vocab_size: int | None
+) -> list[str]:
+    """What to tell of a section before there is a tokenizer; and with one, of its vocabulary.
+
+    Args:
+        kept, vocab_size: see `hf_config`.
+    """
+    if vocab_size is not None:
+        return ignored_vocabulary(section, vocab_size)
+    return [*ignored_fields(section, kept), *(changed_fields(section, kept) if kept else [])]
 
 
 def changed_fields(section: ModelSection, kept: dict[str, Any]) -> list[str]:
@@ -247,7 +266,21 @@ def ignored_fields(section: ModelSection, kept: dict[str, Any] | None = None) ->
             lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
         elif isinstance(given, int | float) and read != given:
             lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")
+        elif name == "router_aux_loss_coef" and given and _no_router_loss(section):
+            said = "output_router_logits is false"
+            lines.append(f"model.config.{name} = {given}: it is ignored; {said}")
     return lines
+
+
+def ignored_vocabulary(section: ModelSection, vocab_size: int) -> list[str]:
+    """A line where a model from scratch is to have another vocabulary than the tokenizer's."""
+    given = section.config.get("vocab_size")
+    if section.pretrained or given in (None, vocab_size):
+        return []
+    return [
+        f"model.config.vocab_size = {given}: it is ignored; the model gets the tokenizer's "
+        f"{vocab_size} tokens"
+    ]
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -157,7 +157,7 @@ def check_model(
 
     from pipelines.tokenizer import check_tokenizer
     from tst_ray.architecture import check_supported, describe
-    from tst_ray.model_config import changed_fields, hf_config, ignored_fields, model_fields
+    from tst_ray.model_config import hf_config, model_fields, model_remarks
 
     cluster = config.cluster
     if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
@@ -171,8 +171,7 @@ def check_model(
     if manifest:
         check_tokenizer(manifest)
     check_supported(model, latent_length=plan.sequence_length)
-    changed = changed_fields(config.model, kept) if kept and not manifest else []
-    return [*ignored_fields(config.model, fields), *changed], describe(model), fields
+    return model_remarks(config.model, kept, vocab_size), describe(model), fields
 
 
 def export_model(run_url: str) -> tuple[int, list[str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from tst_ray.errors import ConfigError
 from tst_ray.model_config import set_special_tokens
 from tst_ray.plan import ModelShape
 from tst_ray.superposition import embed_bags
+from tst_ray.trial import try_out
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_top_k")
@@ -127,8 +128,9 @@ def anatomy(model: Any) -> Anatomy:
             f"model: {name} has a bias in its output layer, which the chunked loss does not "
             "compute; give another model"
         )
+    num_layers = getattr(model.config, "num_hidden_layers", None)
     for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return Anatomy(base, embedding, module, head)
     raise ConfigError(f"model: {name} keeps its blocks in no list; give another model")
 
@@ -212,12 +214,13 @@ def _field(config: Any, name: str) -> Any:
 # -- checking ----------------------------------------------------------------------------------
 
 
-def check_supported(config: Any, *, latent_length: int) -> None:
+def check_supported(config: Any, *, latent_length: int, precision: str = "float32") -> None:
     """Refuse, by name, a model that training would compute wrongly or not at all.
 
     Args:
         latent_length: positions of the longest sequence that the model sees: that of evaluation,
             which no phase's are longer than.
+        precision: `float32` or `bfloat16`, as it trains.
 
     Raises:
         ConfigError: with the field, its value and what would do.
@@ -234,7 +237,7 @@ def check_supported(config: Any, *, latent_length: int) -> None:
         )
     _check_attention(config)
     logit_scale(config)
-    _check_blocks(config)
+    _check_blocks(config, precision)
 
 
 def _check_attention(config: Any) -> None:
@@ -250,32 +253,45 @@ def _check_attention(config: Any) -> None:
         )
 
 
-@torch.no_grad()
-def _check_blocks(config: Any) -> None:
-    """Refuse a model whose blocks' sizes do not go together, found by running them without storage.
+def _check_blocks(config: Any, precision: str) -> None:
+    """Refuse a model that cannot run, or not as it is trained, found without storage.
 
-    What else keeps them from running so may not keep them from training: values, which they have
-    none of; a kernel that this machine lacks, or one that takes only what is on a GPU. Where there
-    is one, such kernels are not tried on what has no storage.
+    What else keeps it from running so may not keep it from training: values, of which there are
+    none; a kernel that this machine lacks, or one that takes only what is on a GPU.
 
     Raises:
-        ConfigError: with what torch says of them.
+        ConfigError: sizes do not go together, or it needs token ids, or cannot run in the
+            precision; with what torch says of it.
     """
-    if torch.cuda.is_available():
-        return
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"  # the grouped one refuses float32 without storage
-    base = anatomy(_outline(config)).base
-    try:
-        with one_text_a_row():
-            base(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
-    except Exception as error:
-        if "meta" in str(error).lower() or not _OF_SIZES.search(str(error)):
+    parts, kind = anatomy(_outline(config)), config.model_type
+
+    def problem(dtype: torch.dtype, by_ids: bool) -> str | None:
+        error = try_out(
+            parts.base, parts.embedding, parts.blocks, parts.head, dtype=dtype, by_ids=by_ids
+        )
+        return None if error is None else one_line(error)
+
+    if why := problem(torch.float32, by_ids=True):
+        if "meta" in why.lower() or not _OF_SIZES.search(why):
             return
         raise ConfigError(
-            f"model.config: the blocks of {config.model_type} cannot run: {one_line(error)}; give "
-            "sizes that go together"
-        ) from error
+            f"model.config: the blocks of {kind} cannot run: {why}; give sizes that go together"
+        )
+    # what went through once, goes through but for the one thing that is another
+    why = problem(torch.float32, by_ids=False)
+    if why and "meta" not in why.lower():
+        raise ConfigError(
+            f"model: {kind} needs token ids, which bags of tokens have none of ({why}); give "
+            "another model"
+        )
+    why = problem(torch.bfloat16, by_ids=False) if precision == "bfloat16" else None
+    if why and "meta" not in why.lower():
+        raise ConfigError(
+            f"train.precision = bfloat16: {kind} cannot run in it ({why}); set "
+            "train.precision=float32, or give another model"
+        )
 
 
 @torch.no_grad()
@@ -289,11 +305,15 @@ def logit_scale(config: Any) -> float:
     """
     model, parts = _blockless(config)
     tokens = torch.arange(1, 9).reshape(2, 4)
-    bags = embed_bags(parts.embedding.weight, tokens[..., None]) * embedding_scale(parts.embedding)
+    table, factor = parts.embedding.weight, embedding_scale(parts.embedding)
+    bags = embed_bags(table, tokens[..., None]) * factor
+    # of two tokens, the embedding of none: some models look for the token that one belongs to
+    mixed = embed_bags(table, torch.stack([tokens, tokens.flip(1)], dim=-1)) * factor
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
         from_tokens = _stations(parts.base, input_ids=tokens)
         from_bags = _stations(parts.base, inputs_embeds=bags)
+        parts.base(inputs_embeds=mixed, use_cache=False)
     except Exception as error:  # whatever a model class raises about what it is called with
         reason = "takes no inputs_embeds" if "inputs_embeds" in str(error) else one_line(error)
         raise ConfigError(
@@ -326,6 +346,8 @@ def _blockless(config: Any) -> tuple[Any, Anatomy]:
     """
     config = copy.deepcopy(config)
     config.vocab_size = _CHECK_VOCABULARY
+    if hasattr(config, "vocab_size_per_layer_input"):  # of another table, as large
+        config.vocab_size_per_layer_input = _CHECK_VOCABULARY
     set_special_tokens(config, None)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # without blocks there are none
@@ -378,19 +400,4 @@ def seeded(seed: int) -> Iterator[None]:
     """Random numbers from `seed` inside, and the caller's own untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def one_text_a_row() -> Iterator[None]:
-    """While transformers masks attention, it need not look for several texts packed in a row.
-
-    It would look at the positions' values, and so wait for the device in each forward pass.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    with ExitStack() as stack:
-        if hasattr(masking_utils, name):
-            stack.enter_context(mock.patch.object(masking_utils, name, lambda positions: None))
         yield

@@ -44,7 +44,6 @@ from tst_ray.architecture import (
     experts,
     logit_scale,
     make_model,
-    one_text_a_row,
     seeded,
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
@@ -52,6 +51,7 @@ from tst_ray.errors import ConfigError
 from tst_ray.model_config import hf_config
 from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
+from tst_ray.trial import one_text_a_row
 
 __all__ = [
     "StepLoss",

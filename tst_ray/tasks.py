@@ -170,7 +170,8 @@ def check_model(
     model = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token, kept=fields)
     if manifest:
         check_tokenizer(manifest)
-    check_supported(model, latent_length=plan.sequence_length)
+    precision = config.train.precision
+    check_supported(model, latent_length=plan.sequence_length, precision=precision)
     return model_remarks(config.model, kept, vocab_size), describe(model), fields
 
 

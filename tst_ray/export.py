@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from tst_ray.checkpoint import CheckpointInfo, find_good
-from tst_ray.config import Config
 from tst_ray.errors import RunError
 from tst_ray.metrics import add_event
+from tst_ray.settings import ModelConfig
 from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -49,32 +49,23 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     from pipelines.manifest import Manifest
     from pipelines.tokenizer import check_tokenizer
-    from tst_ray.model import build_model, hf_config
+    from tst_ray.model import build_model
+    from tst_ray.model_config import hf_config
     from tst_ray.sharded import read_full
 
     transformers_logging.disable_progress_bar()
-    config, plan = _read_run(run)
+    section, plan = _read_run(run)
     info = _pick(run, step)
     manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
     tokenizer = check_tokenizer(manifest)
     made = hf_config(
-        config.model,
+        section,
         vocab_size=manifest.vocab_size,
         eot_token=manifest.eot_token,
         kept=plan.get("model"),
     )
     made._attn_implementation = "eager"  # nothing is computed, and the run's may be on GPUs alone
-    model = build_model(
-        made,
-        pretrained=None,
-        seed=config.run.seed,
-        weights=False,
-        device="cpu",
-        precision="float32",
-        compile=False,
-        activation_checkpointing=False,
-        sharded=False,
-    )
+    model = build_model(made, weights=False, sharded=False)
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     read_full(info.folder, state)
     set_model_state_dict(model, state["model"])
@@ -128,14 +119,13 @@ def _sample(folder: str, num_samples: int, length: int) -> list[str]:
     return list(tokenizer.batch_decode(out, skip_special_tokens=True))
 
 
-def _read_run(run: Storage) -> tuple[Config, dict[str, Any]]:
+def _read_run(run: Storage) -> tuple[ModelConfig, dict[str, Any]]:
     plan = run.read_json("plan.json")
     if not run.exists("config.yaml") or plan is None:
         raise RunError(f"{run.url}: not a run directory (no config.yaml and plan.json in it)")
     config = yaml.safe_load(run.read("config.yaml"))
     # No more than is needed: an older version's run may have settings that are no more.
-    needed = {section: config.get(section) for section in ("run", "model")}
-    return Config.model_validate(needed), plan
+    return ModelConfig.model_validate(config["model"]), plan
 
 
 def _pick(run: Storage, step: int | None) -> CheckpointInfo:

@@ -279,7 +279,7 @@ def build_model(
     hf_config: Any,
     *,
     pretrained: str | None = None,
-    seed: int,
+    seed: int = 0,
     weights: bool = True,
     device: torch.device | str = "cpu",
     precision: str = "float32",
@@ -296,7 +296,7 @@ def build_model(
     Args:
         hf_config: from `model_config.hf_config`.
         pretrained: a Hugging Face folder or id whose weights to start from; None starts from seed.
-        seed: of the weights.
+        seed: of the weights; of no meaning without `weights`, or with `pretrained`.
         weights: False leaves them undefined, for a checkpoint to be loaded over them: a large model
             takes minutes to make and to send around, and rank 0 its whole size of memory.
         device: where to train.

@@ -25,7 +25,8 @@ from tst_ray.bench import BENCHES, print_bench, run_bench
 from tst_ray.bench.measure import Figure, PeakBytes, medians
 from tst_ray.bench.model import _even_height
 from tst_ray.cli import main
-from tst_ray.model import build_model, hf_config
+from tst_ray.model import build_model
+from tst_ray.model_config import hf_config
 from tst_ray.plan import build_plan
 from tst_ray.superposition import (
     bag_weights,

@@ -25,7 +25,8 @@ from tst_ray.checkpointer import Checkpointer
 from tst_ray.errors import RunError
 from tst_ray.job import Place
 from tst_ray.journal import Journal, Writer
-from tst_ray.model import build_model, hf_config
+from tst_ray.model import build_model
+from tst_ray.model_config import hf_config
 from tst_ray.sharded import read_full
 from tst_ray.storage import Storage
 from tst_ray.timeouts import Bounds

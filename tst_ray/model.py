@@ -3,9 +3,7 @@
     build_model        the same weights at every world size, sharded with FSDP2
     SuperpositionLM    tokens → loss, in either phase
 
-`build_model(hf_config, *, pretrained, seed, weights, device, precision, compile,
-activation_checkpointing, reshard, sharded)` returns a SuperpositionLM ready to train. It is
-collective: every rank calls it.
+`build_model` is collective: every rank calls it.
 
 `SuperpositionLM.forward(tokens, phase, *, num_real)` returns StepLoss(objective, loss,
 router_loss), three float32 scalars. `tokens` is int64
@@ -38,8 +36,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from pipelines.errors import one_line
 from tst_ray.architecture import (
     anatomy,
-    check_supported,
-    describe,
     embedding_scale,
     experts,
     logit_scale,
@@ -48,20 +44,9 @@ from tst_ray.architecture import (
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
 from tst_ray.errors import ConfigError
-from tst_ray.model_config import hf_config
 from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
 from tst_ray.trial import one_text_a_row
-
-__all__ = [
-    "StepLoss",
-    "SuperpositionLM",
-    "build_model",
-    "check_supported",
-    "describe",
-    "hf_config",
-    "join_group",
-]
 
 IGNORE = -100  # the label of what does not count
 

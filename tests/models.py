@@ -1,11 +1,10 @@
 """Tiny models of every family that is tested, and phases, for the tests."""
 
-from types import SimpleNamespace
 from typing import Any
 
 from tst_ray.model_config import hf_config
 from tst_ray.plan import Phase
-from tst_ray.settings import TrainConfig
+from tst_ray.settings import ModelConfig, TrainConfig
 
 VOCAB = 50
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gpt_neox")
@@ -35,7 +34,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
 def section(**settings: Any) -> Any:
     """A model section."""
     defaults = {"source": None, "config": {}, "pretrained": False, "attention": "sdpa"}
-    return SimpleNamespace(**{**defaults, **settings})
+    return ModelConfig.model_construct(**{**defaults, **settings})
 
 
 def tiny(family: str, attention: str = "sdpa", **settings: Any) -> Any:

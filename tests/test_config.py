@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tst_ray.config import Config, diff, load_config, parse_config, shipped_configs
+from tst_ray.config import diff, load_config, parse_config, shipped_configs
 from tst_ray.errors import ConfigError
-from tst_ray.settings import SHIPPED, read_shipped_model, shipped_models
+from tst_ray.settings import SHIPPED, Config, read_shipped_model, shipped_models
 
 
 def refusal(*overrides: str, path: str | None = None) -> list[str]:

@@ -9,7 +9,6 @@ import pytest
 
 from tests.test_session import config_of
 from tst_ray import nodes as nodes_module
-from tst_ray.config import Config
 from tst_ray.elastic import Node
 from tst_ray.errors import RunError
 from tst_ray.nodes import (
@@ -20,6 +19,7 @@ from tst_ray.nodes import (
     worker_resources,
 )
 from tst_ray.plan import build_plan
+from tst_ray.settings import Config
 
 
 def nodes(*cpus: float, gpus: float = 0.0) -> list[Node]:

@@ -14,10 +14,11 @@ import pytest
 from ray.exceptions import AuthenticationError
 
 from tst_ray import forkclient, session
-from tst_ray.config import Config, load_config
+from tst_ray.config import load_config
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import build_plan
 from tst_ray.session import check_local, local_cpus, ray_session
+from tst_ray.settings import Config
 
 
 def config_of(*overrides: str) -> Config:

@@ -165,7 +165,7 @@ def test_what_is_forgotten_is_unknown_again() -> None:
 
 
 def test_each_time_out_fits_into_the_next() -> None:
-    from tst_ray.config import FaultConfig
+    from tst_ray.settings import FaultConfig
 
     fault = FaultConfig()
     assert fault.hang_s is not None

@@ -8,11 +8,12 @@ from typing import Any
 from pipelines.ingest import Feed, read_inline
 from pipelines.manifest import Manifest
 from tests.corpora import write_corpus
-from tst_ray.config import Config, load_config
+from tst_ray.config import load_config
 from tst_ray.corpus import build_feeds, build_order
 from tst_ray.job import Job, Place
 from tst_ray.metrics import METRICS
 from tst_ray.plan import Plan, build_plan
+from tst_ray.settings import Config
 from tst_ray.storage import Storage
 from tst_ray.worker import train
 

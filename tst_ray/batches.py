@@ -18,8 +18,8 @@ from pipelines.ingest import FILLER, Columns
 from pipelines.manifest import Manifest
 from pipelines.order import rank_slots, rows_per_rank
 from pipelines.shards import TokenReader
-from tst_ray.config import Config
 from tst_ray.plan import Plan
+from tst_ray.settings import Config
 
 FEW_POSITIONS = 16_384
 """Positions that an evaluation may take at once, even where a step takes fewer."""

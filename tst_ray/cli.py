@@ -21,7 +21,7 @@ from tst_ray.bench import BENCHES
 from tst_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from tst_ray.config import Config
+    from tst_ray.settings import Config
 
 _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train.steps=2000"
 

@@ -25,42 +25,7 @@ from pydantic_core import ErrorDetails
 
 from tst_ray.checks import Problem, SettingPath, dotted, problems
 from tst_ray.errors import ConfigError
-from tst_ray.settings import (
-    SHIPPED,
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    FaultConfig,
-    MetricsConfig,
-    ModelConfig,
-    PhaseConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-    TstConfig,
-    spell_out_model,
-)
-
-__all__ = [
-    "MAY_CHANGE",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Config",
-    "DataConfig",
-    "FaultConfig",
-    "MetricsConfig",
-    "ModelConfig",
-    "PhaseConfig",
-    "RunConfig",
-    "SourceConfig",
-    "TrainConfig",
-    "TstConfig",
-    "diff",
-    "load_config",
-    "parse_config",
-    "shipped_configs",
-]
+from tst_ray.settings import SHIPPED, Config, PhaseConfig, SourceConfig, spell_out_model
 
 MAY_CHANGE = (
     "run.storage",  # the run directory may have been moved
@@ -332,18 +297,10 @@ def _field_at(path: SettingPath) -> tuple[type[BaseModel], str | None]:
     return section, field.description if field else None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "run": RunConfig,
-    "model": ModelConfig,
-    "data": DataConfig,
-    "sources": SourceConfig,
-    "tst": TstConfig,
+_SECTIONS: dict[str, Any] = {
+    **{name: field.annotation for name, field in Config.model_fields.items()},
     "phases": PhaseConfig,
-    "train": TrainConfig,
-    "cluster": ClusterConfig,
-    "checkpoint": CheckpointConfig,
-    "metrics": MetricsConfig,
-    "fault": FaultConfig,
+    "sources": SourceConfig,
 }
 
 

@@ -27,7 +27,6 @@ from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
 from tst_ray.checkpoint import newest_step
-from tst_ray.config import Config
 from tst_ray.corpus import (
     build_feeds,
     build_order,
@@ -54,6 +53,7 @@ from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.room import steadily
 from tst_ray.runstore import MANIFEST, PLAN, kept_model, open_run, read_events
 from tst_ray.session import ray_session
+from tst_ray.settings import Config
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage, patiently

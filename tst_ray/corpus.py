@@ -19,9 +19,9 @@ from pipelines.order import Cut, Order, StreamSource
 from pipelines.storage import absolute
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
-from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
+from tst_ray.settings import Config
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]

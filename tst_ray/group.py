@@ -20,13 +20,13 @@ from typing import Any
 
 from pipelines.errors import DataError, Unreadable
 from pipelines.storage import locate
-from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError, last_line
 from tst_ray.job import Ended, Job, Place
 from tst_ray.journal import STATE
 from tst_ray.network import talk_where_ray_does
 from tst_ray.nodes import away_from, worker_resources
 from tst_ray.reading import Reading, datasets, phase_data
+from tst_ray.settings import Config
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import COLLECTIVE_S
 

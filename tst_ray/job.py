@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ingest import Feed
-from tst_ray.config import Config
 from tst_ray.plan import Plan
+from tst_ray.settings import Config
 
 DONE, ROLLBACK, FAILED_SAVES = "done", "rollback", "failed_saves"
 GROW, PREEMPTION, INTERRUPT = "grow", "preemption", "interrupt"

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
+from tst_ray.settings import ModelConfig
 
 _READ_OF_ANY = ("head_dim",)  # models read it where their configuration has no such field
 # Older spellings of what is in `rope_parameters` now; beside it, transformers ignores them.
@@ -29,21 +30,8 @@ _ROPE_SPELLINGS = {
 }
 
 
-class ModelSection(Protocol):
-    """What `hf_config` reads; `tst_ray.config.ModelConfig` has it."""
-
-    @property
-    def source(self) -> str | None: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def pretrained(self) -> bool: ...
-    @property
-    def attention(self) -> str: ...
-
-
 def hf_config(
-    section: ModelSection,
+    section: ModelConfig,
     *,
     vocab_size: int | None,
     eot_token: int | None,
@@ -83,7 +71,7 @@ def hf_config(
     return config
 
 
-def _no_router_loss(section: ModelSection) -> bool:
+def _no_router_loss(section: ModelConfig) -> bool:
     """Whether the user, not a source or a default, says so in the words of transformers."""
     return section.config.get("output_router_logits") is False
 
@@ -101,7 +89,7 @@ def set_special_tokens(config: Any, eot_token: int | None) -> None:
             setattr(config, name, eot_token or 0)
 
 
-def model_fields(section: ModelSection) -> dict[str, Any]:
+def model_fields(section: ModelConfig) -> dict[str, Any]:
     """All fields of the configuration that a model section means now, as JSON has them.
 
     Raises:
@@ -112,7 +100,7 @@ def model_fields(section: ModelSection) -> dict[str, Any]:
 
 
 def model_remarks(
-    section: ModelSection, kept: dict[str, Any] | None, vocab_size: int | None
+    section: ModelConfig, kept: dict[str, Any] | None, vocab_size: int | None
 ) -> list[str]:
     """What to tell of a section before there is a tokenizer; and with one, of its vocabulary.
 
@@ -124,7 +112,7 @@ def model_remarks(
     return [*ignored_fields(section, kept), *(changed_fields(section, kept) if kept else [])]
 
 
-def changed_fields(section: ModelSection, kept: dict[str, Any]) -> list[str]:
+def changed_fields(section: ModelConfig, kept: dict[str, Any]) -> list[str]:
     """A line on the fields that the section's source, or transformers, gives otherwise now.
 
     What cannot be read now is not needed: a run goes on with what was kept.
@@ -144,7 +132,7 @@ def changed_fields(section: ModelSection, kept: dict[str, Any]) -> list[str]:
     ]
 
 
-def _read(section: ModelSection) -> Any:
+def _read(section: ModelConfig) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     changes, base_fields = dict(section.config), {}
@@ -241,7 +229,7 @@ def _check_spelling(given: dict[str, Any], default: Any) -> None:
             raise ConfigError(f"model.config.{name}: {default.model_type} has no such field{near}")
 
 
-def ignored_fields(section: ModelSection, kept: dict[str, Any] | None = None) -> list[str]:
+def ignored_fields(section: ModelConfig, kept: dict[str, Any] | None = None) -> list[str]:
     """The fields of `model.config` that are not taken as given, a line each.
 
     transformers keeps as it is what it does not know, and no model of that type reads it; some
@@ -272,7 +260,7 @@ def ignored_fields(section: ModelSection, kept: dict[str, Any] | None = None) ->
     return lines
 
 
-def ignored_vocabulary(section: ModelSection, vocab_size: int) -> list[str]:
+def ignored_vocabulary(section: ModelConfig, vocab_size: int) -> list[str]:
     """A line where a model from scratch is to have another vocabulary than the tokenizer's."""
     given = section.config.get("vocab_size")
     if section.pretrained or given in (None, vocab_size):

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Collection
 from itertools import accumulate
 
-from tst_ray.config import Config
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import RunError
 from tst_ray.plan import Plan
+from tst_ray.settings import Config
 
 ASK_AGAIN_S = 10.0
 """Between two requests to an autoscaler, which knows the last one only: another run's end takes it

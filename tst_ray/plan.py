@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from pipelines.order import rank_slots
-from tst_ray.config import Config, PhaseConfig, TrainConfig
+from tst_ray.settings import Config, PhaseConfig, TrainConfig
 
 WHOLE_LOGITS_BYTES = 2**30  # larger logits never exist whole, but in chunks of this
 TOKEN_BYTES = 8  # batches are int64 on the device

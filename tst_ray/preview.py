@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tst_ray.config import Config
 from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture
 from tst_ray.display import short_number, wide_console
 from tst_ray.plan import (
@@ -22,6 +21,7 @@ from tst_ray.plan import (
     flops_per_step,
     memory_per_worker,
 )
+from tst_ray.settings import Config
 
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all
 

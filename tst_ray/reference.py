@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, get_args, get_origin
 
-from tst_ray.config import Config
+from tst_ray.settings import Config
 
 
 def settings_table() -> str:

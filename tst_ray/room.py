@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pipelines.errors import one_line
-from tst_ray.config import Config
 from tst_ray.errors import RunError, UserError
 from tst_ray.nodes import (
     address_of,
@@ -26,6 +25,7 @@ from tst_ray.nodes import (
     nodes_for_workers,
     room_for,
 )
+from tst_ray.settings import Config
 from tst_ray.sight import Sight
 from tst_ray.storage import patiently
 from tst_ray.suspects import Events, left_out, to_leave_out

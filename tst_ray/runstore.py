@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from pipelines.errors import one_line
-from tst_ray.config import Config, diff
+from tst_ray.config import diff
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, hold
 from tst_ray.metrics import EVENTS
+from tst_ray.settings import Config
 from tst_ray.storage import Storage
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"

@@ -21,10 +21,10 @@ from typing import Any
 
 from pipelines.errors import one_line
 from tst_ray import forkclient, forkserver
-from tst_ray.config import Config
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.nodes import cpus_needed, workers_needed
 from tst_ray.plan import Plan
+from tst_ray.settings import Config
 from tst_ray.timeouts import GROUP_END_S, GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30

@@ -23,11 +23,11 @@ from pyarrow.fs import FileType
 
 from pipelines.errors import DataError, one_line
 from pipelines.storage import absolute, locate, write_atomically
-from tst_ray.config import Config
 from tst_ray.corpus import cache_folder, shards_folder
 from tst_ray.errors import RunError, UserError, last_line
 from tst_ray.nodes import address_of, living_nodes, only_on, own_node
 from tst_ray.runstore import CONFIG, MANIFEST, PLAN
+from tst_ray.settings import Config
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import LOOK_S
 

@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    errors settings checks config timeouts goodput plan storage corpus chunked_loss bag_kernels
-    superposition model_config trial architecture model optim checkpoint sharded checkpointer guard
-    background curves metrics watchdog journal job batches speed saving worker elastic suspects
-    network interrupts forkclient forkserver nodes session hold runstore sight memory reading group
-    room growth stage display preview reference export tasks coordinator report bench cli run
+    errors settings checks config timeouts goodput plan estimates storage corpus chunked_loss
+    bag_kernels superposition model_config trial architecture model optim checkpoint sharded
+    checkpointer guard background curves metrics watchdog journal job batches speed saving
+    worker elastic suspects network interrupts forkclient forkserver nodes session hold runstore
+    sight memory reading group room growth stage display preview reference export tasks
+    coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(
     path
-    for room in ("tst_ray", "tst_ray/bench", "pipelines")
+    for room in ("tst_ray", "tst_ray/bench", "pipelines", "cluster")
     for path in (ROOT / room).glob("*.py")
 )
 
@@ -37,6 +38,13 @@ def imports(path: Path) -> set[str]:
 def test_pipelines_import_nothing_of_tst_ray() -> None:
     for path in (ROOT / "pipelines").glob("*.py"):
         assert not [name for name in imports(path) if name.startswith("tst_ray")], path.name
+
+
+def test_what_trains_imports_nothing_that_breaks_clusters() -> None:
+    for path in MODULES:
+        if path.parent.name != "cluster":
+            ours = [name for name in imports(path) if name.split(".")[0] == "cluster"]
+            assert not ours, path.name
 
 
 def test_a_module_imports_only_what_stands_above_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,15 +11,8 @@ import torch
 
 from tst_ray.architecture import describe
 from tst_ray.config import load_config
-from tst_ray.plan import (
-    ModelShape,
-    Phase,
-    Plan,
-    batch_split,
-    build_plan,
-    flops_per_step,
-    memory_per_worker,
-)
+from tst_ray.estimates import ModelShape, flops_per_step, memory_per_worker
+from tst_ray.plan import Phase, Plan, batch_split, build_plan
 
 SHAPE = ModelShape(
     parameters=1_000,
@@ -158,16 +150,6 @@ def test_tokens_after_adds_up_step_by_step() -> None:
         latent += plan.phase_at(step).latent_tokens_per_step
     assert plan.tokens_after(20) == (data, latent)
     assert plan.tokens_after(20) == (plan.total_data_tokens, plan.total_latent_tokens)
-
-
-def test_to_dict_is_plain_and_whole() -> None:
-    facts = json.loads(json.dumps(plan_of(path="paper-270m").to_dict()))
-    assert facts["total_steps"] == 20_000
-    assert facts["phases"][0]["data_tokens"] == 75_497_472_000
-    assert facts["phases"][1]["bag_size"] == 1
-
-
-# ---- learning rate -----------------------------------------------------------------------------
 
 
 def test_learning_rate_rises_stays_and_falls_over_the_whole_run() -> None:

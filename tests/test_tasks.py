@@ -12,7 +12,8 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 from tst_ray.config import load_config
 from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
-from tst_ray.plan import ModelShape, build_plan
+from tst_ray.estimates import ModelShape
+from tst_ray.plan import build_plan
 from tst_ray.tasks import begin, check_model, memory_problem
 
 GIB = 2.0**30

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
+from tst_ray.estimates import ModelShape
 from tst_ray.model_config import set_special_tokens
-from tst_ray.plan import ModelShape
 from tst_ray.superposition import embed_bags
 from tst_ray.trial import try_out
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 1 << 30  # of float32 logits made at once; as plan.WHOLE_LOGITS_BYTES
+CHUNK_BYTES = 1 << 30  # of float32 logits made at once; as estimates.WHOLE_LOGITS_BYTES
 
 Softmax = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 

@@ -44,7 +44,8 @@ from tst_ray.architecture import (
 )
 from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
 from tst_ray.errors import ConfigError
-from tst_ray.plan import WHOLE_LOGITS_BYTES, Phase
+from tst_ray.estimates import WHOLE_LOGITS_BYTES
+from tst_ray.plan import Phase
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
 from tst_ray.trial import one_text_a_row
 

@@ -12,15 +12,8 @@ from rich.table import Table
 
 from tst_ray.corpus import build_order, find_prepared, mixture, shown_mixture
 from tst_ray.display import short_number, wide_console
-from tst_ray.plan import (
-    ModelShape,
-    Phase,
-    Plan,
-    batch_split,
-    build_plan,
-    flops_per_step,
-    memory_per_worker,
-)
+from tst_ray.estimates import ModelShape, flops_per_step, memory_per_worker
+from tst_ray.plan import Phase, Plan, batch_split, build_plan
 from tst_ray.settings import Config
 
 _MAX_SPLITS = 16  # world sizes listed a phase; the ends of a longer range say it all

@@ -17,10 +17,10 @@ from typing import Any
 
 from tst_ray.checkpoint import CheckpointInfo, Ranks, committed, find_good, forget_after
 from tst_ray.checkpointer import Checkpointer
+from tst_ray.estimates import MEMORY_KEEP
 from tst_ray.guard import Guard
 from tst_ray.job import Job
 from tst_ray.journal import Journal
-from tst_ray.plan import MEMORY_KEEP
 from tst_ray.storage import Storage, pauses
 from tst_ray.timeouts import COMMIT, STORAGE_S
 from tst_ray.watchdog import Unwatched

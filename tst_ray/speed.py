@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tst_ray.plan import ModelShape, Phase, Plan, flops_per_step
+from tst_ray.estimates import ModelShape, flops_per_step
+from tst_ray.plan import Phase, Plan
 
 # Dense bf16 matrix FLOP/s by CUDA device name, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {

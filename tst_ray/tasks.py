@@ -14,8 +14,9 @@ from typing import Any
 
 from pipelines.manifest import Manifest
 from tst_ray.errors import ConfigError, RunError
+from tst_ray.estimates import ModelShape, memory_checkpoint_bytes
 from tst_ray.nodes import away_from, free_nodes, living_nodes
-from tst_ray.plan import ModelShape, Plan, memory_checkpoint_bytes
+from tst_ray.plan import Plan
 from tst_ray.settings import Config
 from tst_ray.storage import Storage
 

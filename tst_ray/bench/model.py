@@ -15,7 +15,8 @@ from typing import Any
 
 from tst_ray.bench.measure import Figure, free_gpu_bytes, medians
 from tst_ray.config import load_config
-from tst_ray.plan import Phase, build_plan, flops_per_step, memory_per_worker
+from tst_ray.estimates import flops_per_step, memory_per_worker
+from tst_ray.plan import Phase, build_plan
 from tst_ray.settings import Config
 
 _ON_GPU = {"paper-270m": None, "paper-600m": 0.5, "paper-3b": 0.5}

@@ -30,7 +30,6 @@ from cluster.targets import Impossible, LocalTarget, NotNow, RayTarget, Target
 from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.journal import read_state
 from tst_ray.runstore import CONFIG, PLAN
-from tst_ray.session import show_token
 from tst_ray.storage import Storage
 
 __all__ = [
@@ -96,10 +95,7 @@ def _chaos(args: argparse.Namespace) -> None:
     last = _total_steps(run) if args.last_step is None else args.last_step
     faults = schedule(args.seed, args.faults, first, last, args.kinds)
     strikes_cluster = bool(set(args.kinds) & set(CLUSTER_KINDS))
-    address = args.address
-    if strikes_cluster:
-        address = address or _address_of(run)
-        show_token()
+    address = args.address or (_address_of(run) if strikes_cluster else None)
     if args.really and not address and strikes_cluster:
         raise ConfigError(
             f"{', '.join(args.kinds)}: need a cluster; give its --address, or set RAY_ADDRESS"

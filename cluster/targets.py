@@ -19,6 +19,7 @@ from typing import Any
 from cluster import processes
 from cluster.local import LocalCluster, give_notice
 from tst_ray.errors import RunError, last_line
+from tst_ray.session import show_token_if_asked
 
 _TRAIN_WORKER = "RayTrainWorker"
 _HEAD = "node:__internal_head__"  # the resource by which Ray tells the head from other nodes
@@ -121,6 +122,7 @@ class Gcs:
 
     def __init__(self, address: str) -> None:
         _check_answers(address)
+        show_token_if_asked(address)
         from ray._private.state import GlobalState
         from ray._raylet import GcsClientOptions  # type: ignore[attr-defined,unused-ignore]
 

@@ -239,6 +239,11 @@ def _match(path: str) -> _Listing:
     if info.type == pafs.FileType.File:
         base, mark, query = path.partition("?") if "://" in path else (path, "", "")
         root = (base.rsplit("/", 1)[0] or "/") + mark + query
+        if "://" in base and "://" not in root:
+            raise DataError(
+                f"source {path}: is no file in a folder; end the address with a '/', or name a "
+                "file below it"
+            )
         # Of web pages, the address is the path inside the filesystem, too.
         name = inner.partition("?")[0].rsplit("/", 1)[1] if "://" in inner else info.base_name
         file = TextFile(name, info.size, info.mtime_ns, version=version)

@@ -36,9 +36,9 @@ Columns = dict[str, Any]  # column name -> array whose first axis is the row
 
 _BLOCK_BYTES = 16 << 20  # aim: large enough to hide Ray's cost a block, small enough to start fast
 _MAX_CHUNK_STEPS = 128
-# What a process holds of all sources together: decoded rows; and open files, a descriptor each, of
-# which it may have but 1,024.
-_CACHE_BYTES, _OPEN_SHARDS = 512 << 20, 256
+# What a process holds of all sources together: decoded rows, the windows of some 60 sources as they
+# are by default; and open files, a descriptor each, of which it may have but 1,024.
+_CACHE_BYTES, _OPEN_SHARDS = 2 << 30, 256
 # Ray Data makes all read tasks of a dataset before it starts, some 2 ms each: a dataset has about
 # so many, but always a few blocks for each worker.
 _TASKS, _LEAST_CHUNKS = 256, 8

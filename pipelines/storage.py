@@ -43,7 +43,9 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
         with os_errors():
             return _opened(path)
     except OSError as error:
-        raise Unreadable(f"{path}: cannot be reached ({one_line(error)})") from error
+        remedy = "; for another endpoint than Amazon's, set AWS_ENDPOINT_URL"
+        hint = remedy if path.startswith("s3:") else ""
+        raise Unreadable(f"{path}: cannot be reached ({one_line(error)}){hint}") from error
 
 
 def _refuse_what_would_be_dropped(path: str) -> None:

@@ -56,6 +56,7 @@ class LeftOut:
     path: str
     reason: str
     is_rest: bool = False
+    lacks_field: bool = False  # as all of a source do, where its text_field is wrong
 
 
 def read_unit(unit: Unit) -> Iterator[Text | LeftOut]:
@@ -227,8 +228,11 @@ def _json_lines(
             except (ValueError, RecursionError) as error:
                 yield LeftOut(file.path, f"{where}: not JSON ({one_line(error)})")
                 continue
-            value = row.get(field) if isinstance(row, dict) else None
-            yield from _field_text(file.path, index, value, where, field)
+            if isinstance(row, dict) and field in row:
+                yield from _field_text(file.path, index, row[field], where, field)
+            else:
+                reason = f"{where}: no text in field {field!r} (text_field)"
+                yield LeftOut(file.path, reason, lacks_field=True)
 
 
 def _parquet_rows(
@@ -241,7 +245,7 @@ def _parquet_rows(
         if field not in names:
             if start == 0:  # of a file that is read in parts, the first one says so
                 reason = f"no column {field!r} (text_field); it has {', '.join(names)}"
-                yield LeftOut(file.path, reason, is_rest=True)
+                yield LeftOut(file.path, reason, is_rest=True, lacks_field=True)
             return
         index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         groups = range(start, stop)
@@ -300,8 +304,8 @@ def sample_texts(corpora: Sequence[Corpus], limit: int) -> Iterator[str]:
     A file gives at most what each would give if all gave the same, but at least 64 Ki: of many
     small files some are taken whole, of a few big ones each gives its beginning.
 
-    Raises DataError for a source that gives none, though thousands were tried, from several files
-    where it has them: with a wrong `text_field`, say, the whole of it would tell no more.
+    Raises DataError for a source none of whose first texts have the field `text_field`, thousands,
+    from several files where it has them: the whole of it would tell no more.
     """
     for corpus in corpora:
         yield from _sample(corpus, limit // len(corpora))
@@ -309,28 +313,35 @@ def sample_texts(corpora: Sequence[Corpus], limit: int) -> Iterator[str]:
 
 def _sample(corpus: Corpus, left: int) -> Iterator[str]:
     quota = max(2**16, left // len(corpus.files))
-    patience = math.ceil(MOST_UNREAD / min(len(corpus.files), 8))
-    num_unread, is_any_good = 0, False
-    for file in sorted(corpus.files, key=lambda file: draw("sample", file.path)):
-        if left <= 0:
-            break
-        taken = num_here = 0
-        for text in read_file(corpus.root, file, corpus.text_field):
-            if isinstance(text, Text):
-                is_any_good = True
-                content = text.content[: quota - taken]
-                taken += len(content)
-                yield content
-                if taken >= quota:
-                    break
-            elif not is_any_good:
-                num_here, num_unread = num_here + 1, num_unread + 1
-                if num_unread >= MOST_UNREAD:
-                    raise DataError(
-                        f"source {corpus.root}: none of the first {num_unread:,} texts can be "
-                        f"read, such as {text.path}: {text.reason}; correct its text_field in "
-                        "data.sources, or name files of UTF-8 text"
-                    )
-                if num_here >= patience:  # of this file; another may be better
-                    break
-        left -= taken
+    files = sorted(corpus.files, key=lambda file: draw("sample", file.path))
+    is_any_good = False
+    # A file that begins badly is left for another; where none is better, it is read further.
+    for patience in (math.ceil(MOST_UNREAD / min(len(files), 8)), MOST_UNREAD):
+        num_lacking, left_early = 0, []
+        for file in files:
+            if left <= 0:
+                break
+            taken = num_here = 0
+            for text in read_file(corpus.root, file, corpus.text_field):
+                if isinstance(text, Text):
+                    is_any_good = True
+                    content = text.content[: quota - taken]
+                    taken += len(content)
+                    yield content
+                    if taken >= quota:
+                        break
+                elif text.lacks_field and not is_any_good:
+                    num_here, num_lacking = num_here + 1, num_lacking + 1
+                    if num_lacking >= MOST_UNREAD:
+                        raise DataError(
+                            f"source {corpus.root}: none of the first {num_lacking:,} texts can be "
+                            f"read, such as {text.path}: {text.reason}; correct its text_field in "
+                            "data.sources"
+                        )
+                    if num_here >= patience:
+                        left_early.append(file)
+                        break
+            left -= taken
+        if is_any_good or not left_early:
+            return
+        files = left_early

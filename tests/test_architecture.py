@@ -23,6 +23,13 @@ L = 6
 # -- attention ---------------------------------------------------------------------------------
 
 
+def test_a_class_without_sdpa_may_have_a_gpus_attention() -> None:
+    config = tiny("gemma2", attention="eager", final_logit_softcapping=None)
+    config._attn_implementation = "flash_attention_2"
+    check_supported(config, latent_length=L)
+    assert describe(config).num_layers == 2
+
+
 @pytest.mark.parametrize("name", ["flash_atention_2", "spda", "paged|eager"])
 def test_an_attention_that_transformers_does_not_know_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention = .*: .* give one of eager, flash"):

@@ -736,8 +736,8 @@ def test_a_source_whose_first_texts_cannot_be_read_is_given_up(
     line = json.dumps({"content": "text"}) + "\n"
     for i in range(num_files):
         (tmp_path / f"{i}.jsonl").write_text(line * 2_000)
-    read_ = Mock(side_effect=texts._field_text)
-    monkeypatch.setattr(texts, "_field_text", read_)
+    read_ = Mock(side_effect=json.loads)
+    monkeypatch.setattr(texts.json, "loads", read_)
     told = r"none of the first 40 texts can be read, such as \d+\.jsonl: line \d+: no text in field"
     with pytest.raises(DataError, match=rf"{told}.*; correct its text_field in data\.sources"):
         list(sample_texts([found(str(tmp_path))], 1_000))
@@ -745,15 +745,33 @@ def test_a_source_whose_first_texts_cannot_be_read_is_given_up(
     assert "text" in sample_texts([found(str(tmp_path), text_field="content")], 40)
 
 
+@pytest.mark.parametrize("bad", ["not JSON\n", '{"text": null}\n', '{"body": "text"}\n'])
 def test_a_source_that_begins_badly_is_not_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
 ) -> None:
     """A bad file is left for another, and what follows a good text may be bad."""
     monkeypatch.setattr(texts, "MOST_UNREAD", 40)
-    bad, good = "not JSON\n", json.dumps({"text": "text"}) + "\n"
+    good = json.dumps({"text": "text"}) + "\n"
     for i in range(8):
         (tmp_path / f"{i}.jsonl").write_text(bad * 2_000)
     first = sorted(found(str(tmp_path)).files, key=lambda file: corpus.draw("sample", file.path))
     (tmp_path / first[6].path).write_text(bad * 4 + good + bad * 100 + good)
     (tmp_path / first[7].path).write_text(good)
     assert list(sample_texts([found(str(tmp_path))], 1_000)) == ["text"] * 3
+
+
+def test_rows_without_a_text_are_no_wrong_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come first; and a file left early is read on where no other has any."""
+    monkeypatch.setattr(texts, "MOST_UNREAD", 40)
+    good = json.dumps({"text": "text"}) + "\n"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "rows.jsonl").write_text('{"text": null}\n' * 100 + good)
+    assert list(sample_texts([found(str(empty))], 1_000)) == ["text"]
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "rows.jsonl").write_text('{"body": "a"}\n' * 30 + good)
+    (early / "meta.jsonl").write_text('{"body": "a"}\n' * 5)
+    assert list(sample_texts([found(str(early))], 1_000)) == ["text"]

@@ -268,7 +268,7 @@ def test_readers_hold_a_window_of_each_source(manifest: Manifest) -> None:
     num_sources = len(manifest.sources)
     assert 2 * window * 2 * num_sources < held.rows_bytes < 100 << 20  # uint16
     large = ingest._held(manifest.folder, path, manifest.fingerprint, 1 << 28)
-    assert (large.rows_bytes, large.num_files) == (512 << 20, 256)
+    assert (large.rows_bytes, large.num_files) == (2 << 30, 256)
 
 
 def test_bagging_is_a_ray_data_preprocessor() -> None:

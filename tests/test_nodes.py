@@ -138,3 +138,10 @@ def test_the_object_stores_are_those_that_the_fewest_workers_have(
         assert object_stores(config_of(), workers) == smallest
     there[2:] = []
     assert object_stores(config_of(), 1) == [8.0], "one node has them once"
+
+
+def test_the_cpus_of_the_nodes_that_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [Node("a", {"CPU": 2.0}), Node("b", {"CPU": 4.0}), Node("head", {})]
+    monkeypatch.setattr(nodes_module, "living_nodes", lambda without=(): there)
+    assert nodes_module.cpus_within({}) == 6.0
+    assert nodes_module.cpus_within(nodes_module.only_on(["b", "head"])) == 4.0

@@ -67,15 +67,16 @@ def test_status_says_where_the_time_went(
     assert read_state(finished)["time"]["parts"] == before
 
 
+@pytest.mark.parametrize("status", ["starting", "running"])
 def test_status_does_not_take_a_dead_run_for_one_at_work(
-    finished: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
-    """A killed driver leaves "running" behind."""
+    """A killed driver leaves what it wrote last behind."""
     shutil.copytree(finished.path, tmp_path / "killed")
     run = Storage(str(tmp_path / "killed"))
     for silent_s, dead in ((60, False), (3600, True)):
         state = read_state(run) | {
-            "status": "running",
+            "status": status,
             "step": 6,
             "updated": time.time() - silent_s,
         }
@@ -83,7 +84,7 @@ def test_status_does_not_take_a_dead_run_for_one_at_work(
         assert main(["status", run.url]) == 0
         said = capsys.readouterr().out
         assert ("nothing heard of it for 1:00:0" in said) is dead
-        assert ("left" in said) is not dead
+        assert ("left" in said) is (not dead and status == "running")
 
 
 def test_checkpoints_are_listed_and_verified(

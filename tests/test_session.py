@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 
 from tst_ray import forkclient, session
 from tst_ray.config import load_config
@@ -117,24 +117,44 @@ def test_a_token_is_shown_where_there_is_one(home: Path, monkeypatch: pytest.Mon
     assert os.environ["RAY_AUTH_MODE"] == "disabled", "who says so is heeded"
 
 
-@pytest.mark.parametrize("error", [ConnectionError, ValueError, AuthenticationError])
-def test_a_cluster_is_shown_the_token_and_one_that_refuses_it_is_told(
-    home: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [(None, None), (AuthenticationError("no token"), "token"), (RpcError("timed out"), None)],
+)
+def test_the_token_is_shown_to_a_cluster_that_asks_for_it_alone(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Exception | None,
+    shown: str | None,
 ) -> None:
-    """A Ray that was started after a local one asks for its token."""
-    shown: list[str | None] = []
+    """A driver that shows it hears nothing of the workers of a cluster that knows of none."""
+    asked: list[str] = []
 
-    def refuses(**options: Any) -> None:
-        shown.append(os.environ.get("RAY_AUTH_MODE"))
-        raise error("Failed to connect\nto the cluster")
+    def client(address: str) -> None:
+        asked.append(address)
+        if answer:
+            raise answer
 
+    monkeypatch.setattr("ray._raylet.GcsClient", client)
+    session.show_token_if_asked("here:6379")
+    assert asked == [] and "RAY_AUTH_MODE" not in os.environ, "there is none"
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("secret")
+    session.show_token_if_asked("here:6379")
+    assert asked == ["here:6379"] and os.environ.get("RAY_AUTH_MODE") == shown
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, AuthenticationError])
+def test_a_cluster_that_refuses_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuses(**options: Any) -> None:
+        raise error("Failed to connect\nto the cluster")
+
     monkeypatch.setattr("ray.init", refuses)
     told = pytest.raises(RunError, match=r"^RAY_ADDRESS = auto: .*Failed .* ~/\.ray/auth_token")
     with told as caught, session._joined("auto", {}):
         pass
-    assert shown == ["token"]
     assert "\n" not in str(caught.value)
 
 

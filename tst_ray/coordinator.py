@@ -151,15 +151,16 @@ class Coordinator:
 
         How it stopped is no longer true: hours may pass until a worker writes that it trains.
         """
-        if "time" not in read_state(run):
-            update_state(run, time=Account(time.time()).to_dict())
-        self._charge(run, "down")
-        if not _is_finished(run):
-            update_state(run, status="starting")
+        if "time" not in patiently(lambda: read_state(run)):
+            account = Account(time.time()).to_dict()
+            patiently(lambda: update_state(run, status="starting", time=account))
+        elif not _is_finished(run):
+            self._charge(run, "down")
+            patiently(lambda: update_state(run, status="starting"))
 
     def _charge(self, run: Storage, part: str) -> None:
         """Charge what has passed to a part; the account of a finished run is closed."""
-        if not _is_finished(run):
+        if not patiently(lambda: _is_finished(run)):
             charge(run, part)
 
     def _starting(self, run: Storage) -> str:
@@ -175,7 +176,7 @@ class Coordinator:
     def _wait_on(self, run: Storage) -> None:
         """Charge what has passed to waiting. Raises Overtaken."""
         self._held.check()
-        patiently(lambda: self._charge(run, "waiting_for_nodes"))
+        self._charge(run, "waiting_for_nodes")
 
     def _with_ray(self, run: Storage) -> Outcome:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
@@ -185,7 +186,7 @@ class Coordinator:
                 # For the worker groups, while the first task is waited for; Ray's start needs the
                 # cores for itself.
                 threading.Thread(target=importlib.import_module, args=("ray.train.torch",)).start()
-                update_state(run, ray_address=session.address)
+                patiently(lambda: update_state(run, ray_address=session.address))
                 try:
                     self._check_cluster(run, is_local=session.is_local)
                     check = self._begin_check("ray", kept_model(run))
@@ -328,8 +329,8 @@ class Coordinator:
         if before is None:
             facts = {"corpus": manifest.fingerprint, "shards": manifest.folder, "model": model}
             run.write_json(PLAN, {**asdict(self.plan), **facts})
-        elif before["shards"] != manifest.folder:
-            run.write_json(PLAN, {**before, "shards": manifest.folder})
+        elif before["shards"] != manifest.folder or "model" not in before:  # an older version's
+            run.write_json(PLAN, {"model": model, **before, "shards": manifest.folder})
 
     def _train(
         self, run: Storage, feeds: tuple[Feed, ...], phases: tuple[Phase, ...], switched: bool

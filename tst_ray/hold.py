@@ -78,6 +78,8 @@ def _pid_namespace() -> str:
 
 
 def _refusal(run: Storage, owner: dict[str, Any], remedy: str) -> RunError:
+    if not owner:
+        return RunError(f"{run.url}: another driver is just starting or ending; try again")
     return RunError(f"{run.url}: another driver holds this run ({_who(owner)}); {remedy}")
 
 

@@ -139,7 +139,7 @@ def _read(section: ModelConfig) -> Any:
     if section.source is not None:
         try:
             base = AutoConfig.from_pretrained(section.source)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a configuration class raises about its file
             raise ConfigError(
                 f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
                 f"be read ({one_line(error)}); give a folder with config.json, an id, or "

@@ -10,7 +10,7 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 
 from tst_ray.elastic import Node, workers_that_fit
@@ -125,6 +125,15 @@ def living_nodes(without: Collection[str] = ()) -> list[Node]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     ]
+
+
+def cpus_within(where: Mapping[str, str]) -> float:
+    """The CPUs of the living nodes that a label selector of `only_on` names; of all, for none."""
+    nodes = living_nodes()
+    if where:
+        named = where["ray.io/node-id"].removeprefix("in(").removesuffix(")").split(",")
+        nodes = [node for node in nodes if node.node_id in named]
+    return sum(node.resources.get("CPU", 0.0) for node in nodes)
 
 
 def address_of(node_id: str) -> str | None:

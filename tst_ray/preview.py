@@ -34,7 +34,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
         vocab_size=manifest.vocab_size if manifest else _vocabulary(config),
         eot_token=manifest.eot_token if manifest else None,
     )
-    precision = config.train.precision
+    precision = "float32" if config.cluster.gpus_per_worker else config.train.precision
     check_supported(model_config, latent_length=plan.sequence_length, precision=precision)
     shape = describe(model_config)
     phases = [_phase_facts(config, plan, shape, phase) for phase in plan.phases]

@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.ingest import Feed, local_batches
 from tst_ray.job import Job, Place
 from tst_ray.journal import read_state
+from tst_ray.nodes import cpus_within
 from tst_ray.plan import Phase
 from tst_ray.storage import Storage
 
@@ -136,13 +137,14 @@ def phase_data(run_url: str, cpus_per_worker: float, where: Mapping[str, str]) -
             self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
         ) -> list[dict[str, Any]]:
             step = int(read_state(Storage(run_url))["step"])
-            cpus = ray.cluster_resources().get("CPU", 0.0) - world_size * cpus_per_worker
+            # As many at once as there are CPUs for it, and not more than a group has use for: none
+            # of them holds a CPU that would limit how many a node runs.
+            cpus = cpus_within(where) - world_size * cpus_per_worker
+            readers = max(min(int(cpus), 4 * world_size), 1)
             output: list[dict[str, Any]] = [{} for _ in range(world_size)]
             for name, part in datasets.items():
                 first = max(step, part.first)
-                dataset = ray_dataset(
-                    part.feed, first, part.last, world_size, max(int(cpus), 1), where
-                )
+                dataset = ray_dataset(part.feed, first, part.last, world_size, readers, where)
                 dataset.set_name(name)
                 dataset.context.execution_options.preserve_order = True
                 dataset.context.enable_progress_bars = False

@@ -37,7 +37,8 @@ def status_facts(run: Storage) -> dict[str, Any]:
     step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
     silent_s = time.time() - state["updated"]
-    silent = state["status"] == "running" and silent_s > max(_SILENT_S, 5 * (step_time_s or 0))
+    at_work = state["status"] in ("starting", "running")
+    silent = at_work and silent_s > max(_SILENT_S, 5 * (step_time_s or 0))
     running = state["status"] == "running" and not silent
     newest = next((c for c in checkpoint_facts(run) if c["state"] == "committed"), None)
     account = Account.from_dict(state.pop("time", None), time.time())

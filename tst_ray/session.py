@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import socket
@@ -26,6 +27,8 @@ from tst_ray.nodes import cpus_needed, workers_needed
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
 from tst_ray.timeouts import GROUP_END_S, GROUP_POLL_S, GROUP_START_S, WORKER_ANSWER_S
+
+log = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_TIMEOUT_S = 10.0
@@ -185,7 +188,8 @@ def _started(config: Config, plan: Plan | None) -> Iterator[Session]:
 def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
     """The cluster at an address. Raises RunError where none lets it join."""
     _check_address(address)
-    show_token()
+    if "auto" not in address:
+        show_token_if_asked(address)
     import ray
     from ray.exceptions import RayError
 
@@ -208,15 +212,46 @@ def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
         yield session
 
 
-def show_token() -> None:
-    """Let this process show the user's token to a cluster that asks for one.
+def show_token_if_asked(address: str) -> None:
+    """Have this process show the user's token, if there is one, where a cluster asks for it.
 
     From the first `ray.init` on, each Ray that its user starts asks for the token at home, while
-    Ray shows it to no address unasked. A cluster that asks for none takes it.
+    Ray shows it to no address unasked. Nor should it: a driver that shows it asks for it too, and
+    would hear nothing of the workers of a cluster that knows of none.
+
+    Args:
+        address: HOST:PORT of its head, where something listens.
     """
-    given = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(os.environ.get(name) for name in given) or Path(_TOKEN_FILE).expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not _has_token():
+        return
+    try:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined,unused-ignore]
+        from ray.exceptions import AuthenticationError, RayError
+    except ImportError:  # an older Ray's, which knows no tokens
+        return
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        show_token()
+    except RayError as error:  # whoever joins is told
+        log.warning("%s does not say whether it asks for a token: %s", address, error)
+
+
+def show_token() -> None:
+    """Have this process show the user's token from now on, if there is one."""
+    if _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        with contextlib.suppress(ImportError, AttributeError):  # an older Ray
+            from ray._raylet import Config  # type: ignore[attr-defined,unused-ignore]
+
+            Config.initialize("")  # the mode may have been looked up already
+
+
+def _has_token() -> bool:
+    """Whether there is a token that nobody has said to show, or not to."""
+    given = any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
+    there = given or Path(_TOKEN_FILE).expanduser().exists()
+    return there and "RAY_AUTH_MODE" not in os.environ
 
 
 @contextlib.contextmanager

@@ -140,9 +140,12 @@ def needed_everywhere(run: Storage, config: Config) -> dict[str, str]:
     written, those who prepare them say so.
     """
     needed = {run.at(CONFIG) if run.is_local else run.location(CONFIG): "run.storage"}
-    if config.model.source is not None and os.path.isdir(config.model.source):
-        needed[config.model.source] = "model.source"
-    begun_with = (run.read_json(PLAN) or {}).get("shards")
+    plan = run.read_json(PLAN) or {}
+    source = config.model.source
+    reads_source = config.model.pretrained or "model" not in plan  # which has all its fields
+    if source is not None and reads_source and os.path.isdir(source):
+        needed[source] = "model.source"
+    begun_with = plan.get("shards")
     shards = absolute(_place_of_shards(config, begun_with))
     if not _is_below(shards, Storage(config.run.storage)):
         if _may_be_there(f"{shards}/{MANIFEST}"):
@@ -161,9 +164,9 @@ def _place_of_shards(config: Config, begun_with: str | None) -> str:
         return config.data.prepared
     if begun_with is None:
         return cache_folder(config)
-    with contextlib.suppress(DataError, RunError):  # that is told elsewhere
+    with contextlib.suppress(DataError, RunError, OSError):  # that is told elsewhere
         now = shards_folder(config)
-        if _is_there(f"{now}/{MANIFEST}"):
+        if patiently(lambda: _is_there(f"{now}/{MANIFEST}"), _PATIENCE_S):
             return now
     return begun_with
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -265,9 +266,11 @@ class Stage:
 
     def _on_interrupt(self) -> None:
         """The first signal. A group is asked by the supervisor; this process itself, here."""
-        self.say("stopping: finishing the step, then a checkpoint (Ctrl-C again stops at once)")
         if self.config.cluster.backend == "inline":
             request_stop(self.run, INTERRUPT)
+        line = "stopping: finishing the step, then a checkpoint (Ctrl-C again stops at once)"
+        # A thread: the terminal may stand still, and the supervisor must not.
+        threading.Thread(target=self.say, args=(line,), daemon=True).start()
 
     # -- room --------------------------------------------------------------------------------------
 

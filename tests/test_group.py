@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import BatchMismatch, Columns, Feed
+from tests.chaos import wait_until
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.errors import RunError
-from tst_ray.group import Group, GroupFailed, train_worker
+from tst_ray.group import Group, GroupFailed, _release_places, train_worker
 from tst_ray.job import Place
 from tst_ray.reading import Reading
 from tst_ray.storage import Storage
@@ -252,3 +256,38 @@ def test_what_a_worker_raises_says_on_which_node(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError) as caught:
         train_worker({"job": None})
     assert caught.value.tst_ray_node == "node b"  # type: ignore[attr-defined]
+
+
+def test_a_failed_group_gives_its_places_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr("tst_ray.group._release_places", lambda: given_back.append(True))
+    group = Group.__new__(Group)
+    for error, times in ((None, 0), (RuntimeError("the controller died"), 1)):
+        group._start = Mock(side_effect=error)
+        group._fit()
+        assert len(given_back) == times
+
+
+@pytest.mark.slow
+def test_the_places_of_a_controller_that_was_killed_are_given_back() -> None:
+    """Ray keeps them for its job; the next group would wait for room that nobody uses."""
+    import ray
+    from ray.util import placement_group
+
+    class Controller:
+        def start(self) -> int:
+            self.held = placement_group([{"CPU": 2.0}])
+            assert self.held.wait(PATIENCE_S)
+            return os.getpid()
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        controller = ray.remote(num_cpus=0)(Controller).remote()
+        os.kill(ray.get(controller.start.remote()), signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(controller.start.remote(), timeout=PATIENCE_S)
+        assert "CPU" not in ray.available_resources()
+        _release_places()
+        wait_until(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs")
+    finally:
+        ray.shutdown()

@@ -12,6 +12,7 @@ Who decides what comes next is stage.py.
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from collections.abc import Collection, Mapping
@@ -29,6 +30,8 @@ from tst_ray.reading import Reading, datasets, phase_data
 from tst_ray.settings import Config
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import COLLECTIVE_S
+
+log = logging.getLogger(__name__)
 
 _NODE = "tst_ray_node"  # an attribute of what a worker raises: where that was
 
@@ -101,6 +104,7 @@ class Group:
             self._result = self._start()
         except BaseException as error:
             self._error = error
+            _release_places()
 
     def _explained(self, error: BaseException) -> Exception:
         from ray.train import ControllerError, TrainingFailedError
@@ -125,6 +129,30 @@ class Group:
         if any(isinstance(failure, (OSError, Unreadable)) for failure in failed.values()):
             ranks = {}  # storage failed, whoever else then failed too
         return GroupFailed(_told(failed, died) or last_line(error), started=True, ranks=ranks)
+
+
+def _release_places() -> None:
+    """Give back the places that this driver's groups held, after one has failed.
+
+    Ray Train's controller does, unless it was killed: Ray keeps the placement group of an actor
+    that died as long as its job lives, and the next group would wait for room that nobody uses.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if not ray.is_initialized():
+        return
+    try:
+        job = ray.get_runtime_context().get_job_id()
+        for raw in state._connect_and_get_accessor().get_placement_group_table():
+            held = PlacementGroupTableData.FromString(raw)
+            if held.creator_job_id.hex() == job and held.state != PlacementGroupTableData.REMOVED:
+                group_id = ray.PlacementGroupID(held.placement_group_id)
+                remove_placement_group(PlacementGroup(group_id))
+    except Exception as error:  # then the next group has to wait, and says so
+        log.warning("the failed group's places were not given back: %s", error)
 
 
 def _bare(failure: BaseException) -> BaseException:
@@ -165,8 +193,7 @@ def _fit(job: Job, world_size: int, without: Collection[str], readers: dict[str,
 
         That one asks a dashboard whether the controller lives. A Ray without one lets it ask any
         other cluster's on the machine, which knows of no such controller, and it then takes the
-        workers' placement group away (seen with Ray 2.60). Ray's head node removes the group of a
-        dead controller anyway.
+        workers' placement group away (seen with Ray 2.60). See `_release_places`.
         """
 
         def _create_default_callbacks(self) -> list[Any]:

@@ -131,3 +131,5 @@ def test_a_runs_precision_is_the_one_that_is_tried(facts: Any) -> None:
     config = load_config(None, [f"--model.config={model}", *settings])
     with pytest.raises(ConfigError, match=r"^train\.precision = bfloat16: mamba"):
         facts(config)
+    on_gpus = "--cluster.gpus_per_worker=1"  # for which it may have kernels of its own
+    facts(load_config(None, [f"--model.config={model}", *settings, on_gpus]))

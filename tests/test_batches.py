@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.manifest import Manifest, Split
-from pipelines.shards import TokenReader
+from pipelines.shards import Held, TokenReader
 from tests.corpora import write_corpus
 from tests.tiny import make_config
 from tst_ray import batches
@@ -44,6 +44,16 @@ def test_the_same_sequences_at_every_world_size(
     assert np.array_equal(real_rows(ranks), real_rows(load(tmp_path, manifest, 1)))
     assert {rank.num_targets for rank in ranks} == {24 * 8}
     assert len({len(rank.micro_batches) for rank in ranks}) == 1
+
+
+def test_sources_are_read_with_few_files_open_however_many_they_are(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Held] = []
+    monkeypatch.setattr(batches, "Held", lambda: made.append(Held()) or made[-1])
+    assert len(real_rows(load(tmp_path, manifest, 1))) == 24
+    (held,) = made
+    assert {str(key[1]).partition("/")[0] for key in held.files} == {"s0", "s1"}
 
 
 def test_they_are_spread_over_each_source(tmp_path: Path, manifest: Manifest) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.test_bad_input import arguments
 from tests.test_runs import write_text
+from tests.tiny import make_config, make_corpus
 from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.coordinator import Coordinator
@@ -288,3 +289,17 @@ def test_a_run_whose_last_steps_were_passed_over_is_finished(
     (finish,) = [event for event in read_events(run) if event["event"] == "finish"]
     assert finish["val_loss"] == state["val_loss"] > 0
     assert "loss" not in finish
+
+
+def test_a_run_of_an_older_version_keeps_its_model_from_now_on(tmp_path: Path) -> None:
+    """One that has its fields keeps those."""
+    manifest = make_corpus(tmp_path / "text")
+    config = make_config(tmp_path, manifest)
+    driver, run = Coordinator(config, SimpleNamespace(say=lambda text: None)), run_storage(config)
+    run.make()
+    driver._record_plan(run, manifest, {"hidden_act": "silu"})
+    plan = run.read_json("plan.json")
+    run.write_json("plan.json", {name: plan[name] for name in plan.keys() - {"model"}})
+    for given in ("silu", "relu"):
+        driver._record_plan(run, manifest, {"hidden_act": given})
+        assert run.read_json("plan.json") == plan

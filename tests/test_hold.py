@@ -19,6 +19,12 @@ from tst_ray.runstore import open_run
 from tst_ray.storage import Storage
 
 
+def refused(run: Storage, told: str) -> None:
+    """Another driver gets no hold, and is told why."""
+    with pytest.raises(RunError, match=told), hold(run):
+        pass
+
+
 def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with open_run(config) as (run, _):
@@ -56,11 +62,21 @@ def test_a_killed_drivers_hold_is_gone_at_once(tmp_path: Path) -> None:
 def test_on_remote_storage_a_lease_keeps_others_out_until_it_ends() -> None:
     run = Storage("memory://bucket/leased")
     run.remove()
-    refusal = pytest.raises(RunError, match=r"another driver .* try again in \d+ seconds")
-    with hold(run), refusal, hold(run):
-        pass
+    with hold(run):
+        refused(run, r"another driver .* try again in \d+ seconds")
     with hold(run):
         pass
+
+
+def test_a_driver_that_has_not_said_who_it_is_is_no_reason_to_remove_anything(
+    tmp_path: Path,
+) -> None:
+    """It has the lock, and is about to write who it is, or has just taken that back."""
+    run = Storage(str(tmp_path))
+    with hold(run):
+        assert run.read_json("driver.lock")["pids"] == os.readlink("/proc/self/ns/pid")
+        Path(run.at("driver.lock")).write_text("{}")
+        refused(run, "another driver is just starting or ending; try again$")
 
 
 def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -77,9 +93,8 @@ def test_a_shared_folder_without_locks_is_leased(
     """NFS without its lock daemon, Lustre mounted without flock."""
     run = Storage(str(tmp_path))
     refuse_locks(monkeypatch, number)
-    refusal = pytest.raises(RunError, match=r"another driver .* try again in \d+ seconds")
-    with hold(run), refusal, hold(run):
-        pass
+    with hold(run):
+        refused(run, r"another driver .* try again in \d+ seconds")
     with hold(run):
         pass
 
@@ -91,16 +106,13 @@ def test_a_lock_and_a_lease_keep_each_other_out(
     run = Storage(str(tmp_path))
     with hold(run), monkeypatch.context() as patch:
         patch.setattr("tst_ray.hold._has_locks", lambda run: False)
-        refusal = pytest.raises(RunError, match=r"if its machine is gone, remove .*driver\.lock")
-        with refusal, hold(run):
-            pass
+        refused(run, r"if its machine is gone, remove .*driver\.lock")
     assert run.read_json("driver.lock") == {}, "who ended holds it no more"
     with monkeypatch.context() as patch:
         patch.setattr("tst_ray.hold._has_locks", lambda run: False)
         with hold(run):
             patch.undo()
-            with pytest.raises(RunError, match="another driver"), hold(run):
-                pass
+            refused(run, "another driver")
     with hold(run):
         pass
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -320,6 +321,34 @@ def test_reading_waits_for_no_cpu_and_keeps_to_its_nodes(
     assert made[0].context.target_max_block_size is None
     one_task = "ReadTokenShards" + "->BaggingPreprocessor" * (phase == 0) + ": 2 tasks"
     assert one_task in splits[0]["part"].stats()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "world_size", "readers"), [(2.5, 2, 1), (6.0, 2, 5), (900.0, 2, 8), (0.5, 2, 1)]
+)
+def test_readers_are_as_many_as_have_cpus_and_a_group_has_use_for(
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: float,
+    world_size: int,
+    readers: int,
+) -> None:
+    from tst_ray import reading
+
+    asked: list[Any] = []
+
+    def ray_dataset(*args: Any) -> Any:
+        asked.append(args[4:])
+        return MagicMock()
+
+    (tmp_path / "run.json").write_text('{"step": 0}')
+    where = {"ray.io/node-id": "in(a)"}
+    monkeypatch.setattr(ingest, "ray_dataset", ray_dataset)
+    monkeypatch.setattr(reading, "cpus_within", lambda there: cpus if there == where else 0.0)
+    part = reading._Part(make_feed(manifest), 0, 2)
+    reading.phase_data(str(tmp_path), 0.5, where).configure({"part": part}, world_size)
+    assert asked == [(readers, where)]
 
 
 def test_an_older_ray_is_told_who_may_read_in_its_own_way(

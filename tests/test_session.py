@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.exceptions import AuthenticationError, RpcError
@@ -142,6 +143,21 @@ def test_the_token_is_shown_to_a_cluster_that_asks_for_it_alone(
     (home / ".ray" / "auth_token").write_text("secret")
     session.show_token_if_asked("here:6379")
     assert asked == ["here:6379"] and os.environ.get("RAY_AUTH_MODE") == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "asked"), [("auto", []), ("autoscaler-head:6379", ["autoscaler-head:6379"])]
+)
+def test_a_cluster_is_asked_at_its_address(
+    monkeypatch: pytest.MonkeyPatch, address: str, asked: list[str]
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(session, "_check_address", lambda address: None)
+    monkeypatch.setattr(session, "show_token_if_asked", seen.append)
+    monkeypatch.setattr("ray.init", Mock(side_effect=ConnectionError("nobody")))
+    with pytest.raises(RunError, match="nobody"), session._joined(address, {}):
+        pass
+    assert seen == asked
 
 
 @pytest.mark.parametrize("error", [ConnectionError, ValueError, AuthenticationError])

@@ -292,6 +292,20 @@ def test_a_run_whose_cache_has_moved_needs_the_shards_that_are_there(
     monkeypatch.setattr("tst_ray.sight.shards_folder", lambda config: f"{tmp_path}/now")
     moved = {"now/manifest.json": "data.cache"}
     assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | moved
+    is_there, answers = sight_module._is_there, [OSError("network is unreachable")]
+
+    def hiccups(path: str) -> bool:
+        if answers:
+            raise answers.pop()
+        return is_there(path)
+
+    monkeypatch.setattr(sight_module, "_is_there", hiccups)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | moved
+    monkeypatch.setattr(sight_module, "_PATIENCE_S", 0.0)
+    answers += [OSError("network is unreachable")]
+    before = {"before/manifest.json": "data.cache"}
+    assert needed(tmp_path, shards=f"{tmp_path}/before") == RUN | before, "no reason to end"
 
 
 def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) -> None:
@@ -300,6 +314,13 @@ def test_a_models_folder_must_be_seen_but_not_what_is_fetched(tmp_path: Path) ->
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     assert needed(tmp_path, f"--model={tmp_path}/model") == RUN | {"model": "model.source"}
     assert needed(tmp_path, "--model=paper-270m") == RUN
+    begun = {"shards": f"{tmp_path}/runs/shards", "model": "all its fields"}
+    assert needed(tmp_path, f"--model={tmp_path}/model", **begun) == RUN, "it is read no more"
+    weights = [
+        *(f"--{name}={tmp_path}/model" for name in ("model.source", "data.tokenizer")),
+        "--model.pretrained=true",
+    ]
+    assert "model" in needed(tmp_path, *weights, **begun)
 
 
 @pytest.fixture

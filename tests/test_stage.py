@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from tst_ray.room import Room, steadily
 from tst_ray.sight import Sight
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage
+
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,18 @@ def test_an_interrupt_says_how_to_go_on_and_its_status_is_the_signals(
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         stage.train()
     assert caught.value.exit_status == 143
+
+
+def test_an_interrupt_does_not_wait_for_a_terminal_that_stands_still(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    stage, taken = Scripted(tmp_path, manifest, []), threading.Event()
+    stage.say = lambda line: taken.wait(PATIENCE_S)  # type: ignore[assignment]
+    caller = threading.Thread(target=stage._on_interrupt)
+    caller.start()
+    caller.join(PATIENCE_S / 2)
+    assert not caller.is_alive()
+    taken.set()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from pipelines.errors import one_line
 from tst_ray.errors import ConfigError
 from tst_ray.estimates import ModelShape
 from tst_ray.model_config import set_special_tokens
+from tst_ray.settings import Config
 from tst_ray.superposition import embed_bags
 from tst_ray.trial import try_out
 
@@ -212,6 +213,15 @@ def _field(config: Any, name: str) -> Any:
 
 
 # -- checking ----------------------------------------------------------------------------------
+
+
+def precision_to_try(config: Config) -> str:
+    """The precision that a run's model is tried in, without a GPU.
+
+    For workers with GPUs it is float32: a model's own kernels for them may do in bfloat16 what
+    torch's do not, and none is where it is tried.
+    """
+    return "float32" if config.cluster.gpus_per_worker else config.train.precision
 
 
 def check_supported(config: Any, *, latent_length: int, precision: str = "float32") -> None:

@@ -17,7 +17,7 @@ import torch
 from pipelines.ingest import FILLER, Columns
 from pipelines.manifest import Manifest
 from pipelines.order import rank_slots, rows_per_rank
-from pipelines.shards import TokenReader
+from pipelines.shards import Held, TokenReader
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
 
@@ -80,8 +80,10 @@ class Validation:
             return cls([], 0)
         mine = places[rank_slots(len(places), world_size, rank)]
         padded = np.zeros((height, length), np.int64)
+        held = Held()  # by all of them together, however many sources there are
         readers = {
-            source: TokenReader(manifest, source, "validation") for source in {s for s, _ in mine}
+            source: TokenReader(manifest, source, "validation", held)
+            for source in {source for source, _ in mine}
         }
         for row, (source, start) in enumerate(mine):
             padded[row] = readers[source].read(start, start + length)

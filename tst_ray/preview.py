@@ -24,7 +24,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
 
     Epochs and tails are there when the shards are prepared (`data.prepared`, or in the cache).
     """
-    from tst_ray.architecture import check_supported, describe
+    from tst_ray.architecture import check_supported, describe, precision_to_try
     from tst_ray.model_config import hf_config
 
     plan = build_plan(config)
@@ -34,8 +34,9 @@ def plan_facts(config: Config) -> dict[str, Any]:
         vocab_size=manifest.vocab_size if manifest else _vocabulary(config),
         eot_token=manifest.eot_token if manifest else None,
     )
-    precision = "float32" if config.cluster.gpus_per_worker else config.train.precision
-    check_supported(model_config, latent_length=plan.sequence_length, precision=precision)
+    check_supported(
+        model_config, latent_length=plan.sequence_length, precision=precision_to_try(config)
+    )
     shape = describe(model_config)
     phases = [_phase_facts(config, plan, shape, phase) for phase in plan.phases]
     facts: dict[str, Any] = {

@@ -188,7 +188,7 @@ def _started(config: Config, plan: Plan | None) -> Iterator[Session]:
 def _joined(address: str, options: dict[str, Any]) -> Iterator[Session]:
     """The cluster at an address. Raises RunError where none lets it join."""
     _check_address(address)
-    if "auto" not in address:
+    if address.rpartition(":")[2].isdigit():  # `auto` is for Ray to find
         show_token_if_asked(address)
     import ray
     from ray.exceptions import RayError

@@ -157,7 +157,7 @@ def check_model(
     import torch
 
     from pipelines.tokenizer import check_tokenizer
-    from tst_ray.architecture import check_supported, describe
+    from tst_ray.architecture import check_supported, describe, precision_to_try
     from tst_ray.model_config import hf_config, model_fields, model_remarks
 
     cluster = config.cluster
@@ -171,9 +171,7 @@ def check_model(
     model = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token, kept=fields)
     if manifest:
         check_tokenizer(manifest)
-    # The kernels that a model has for GPUs may do what torch's do not, and none is where this runs.
-    precision = "float32" if cluster.gpus_per_worker else config.train.precision
-    check_supported(model, latent_length=plan.sequence_length, precision=precision)
+    check_supported(model, latent_length=plan.sequence_length, precision=precision_to_try(config))
     return model_remarks(config.model, kept, vocab_size), describe(model), fields
 
 

@@ -73,8 +73,8 @@ class Feed:
     @property
     def last_step(self) -> int:
         """The step at which the phase ends."""
-        cut = self.order.cuts[self.phase]
-        return cut.first_step + cut.steps
+        layout = self.order.layouts[self.phase]
+        return layout.first_step + layout.steps
 
     @property
     def salt(self) -> str:
@@ -84,13 +84,13 @@ class Feed:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of a block: its tokens and its ids."""
-        cut = self.order.cuts[self.phase]
-        tokens = (cut.data_length + cut.lookahead) * np.dtype(self.dtype).itemsize
+        layout = self.order.layouts[self.phase]
+        tokens = (layout.data_length + layout.lookahead) * np.dtype(self.dtype).itemsize
         return tokens + 8 * len(_ID_COLUMNS)
 
     def rows_per_rank(self, world_size: int) -> int:
         """Rows of a local batch, filler rows included; the same on every rank."""
-        return rows_per_rank(self.order.cuts[self.phase].num_sequences, world_size)
+        return rows_per_rank(self.order.layouts[self.phase].num_sequences, world_size)
 
     def rows_per_block(self, world_size: int) -> int:
         """Rows of a block; the last one of a dataset may have fewer."""
@@ -103,7 +103,7 @@ class Feed:
         take hours to begin. The bounds depend on the plan alone.
         """
         steps = max(_TASKS // most_workers, _LEAST_CHUNKS) * self._chunk_steps(most_workers)
-        first = self.order.cuts[self.phase].first_step
+        first = self.order.layouts[self.phase].first_step
         return list(pairwise([*range(first, self.last_step, steps), self.last_step]))
 
     def steps_ahead(self, world_size: int) -> int:
@@ -129,8 +129,8 @@ class Feed:
         ids, mine = self.ids(first_step, last_step, rank, world_size)
         flat = ids.reshape(-1, len(_ID_COLUMNS))
         columns: Columns = {name: flat[:, i].copy() for i, name in enumerate(_ID_COLUMNS)}
-        cut = self.order.cuts[self.phase]
-        tokens = np.zeros((len(flat), cut.data_length + cut.lookahead), np.dtype(self.dtype))
+        layout = self.order.layouts[self.phase]
+        tokens = np.zeros((len(flat), layout.data_length + layout.lookahead), np.dtype(self.dtype))
         self._gather(mine, np.flatnonzero(columns["slot"] != FILLER), tokens)
         return {**columns, "tokens": tokens}
 
@@ -144,7 +144,7 @@ class Feed:
             fillers last; and the spans of the real rows, in that order.
         """
         steps = np.arange(first_step, last_step)
-        slots = rank_slots(self.order.cuts[self.phase].num_sequences, world_size, rank)
+        slots = rank_slots(self.order.layouts[self.phase].num_sequences, world_size, rank)
         real = slots.stop - slots.start
         spans = self.order.spans(first_step, last_step, slots)
         ids = np.zeros((len(steps), self.rows_per_rank(world_size), len(_ID_COLUMNS)), np.int64)
@@ -193,10 +193,10 @@ def _planned(feed: Feed, step: int, rank: int, world_size: int) -> tuple[Int64, 
     Raises:
         IndexError: the step is not of the feed's phase.
     """
-    cut = feed.order.cuts[feed.phase]
-    if not cut.first_step <= step < feed.last_step:
+    layout = feed.order.layouts[feed.phase]
+    if not layout.first_step <= step < feed.last_step:
         raise IndexError(f"step {step} is not of phase {feed.phase + 1}")
-    first = step - (step - cut.first_step) % _PLANNED_STEPS
+    first = step - (step - layout.first_step) % _PLANNED_STEPS
     last = min(first + _PLANNED_STEPS, feed.last_step)
     ids, lanes = _planned_ahead(feed, first, last, rank, world_size)
     return ids[step - first], lanes[step - first]

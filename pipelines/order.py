@@ -1,35 +1,38 @@
 """Which tokens train at which step: a pure function of (corpus, seed, plan).
 
-    source    its training tokens, end to end: linear positions 0 … N−1
-    epoch     the same tokens with their blocks permuted            (stream offsets 0 … N−1)
-    cell      data_length consecutive stream tokens + lookahead      one training sequence
-    group     ~shuffle_tokens of neighbouring cells, permuted        so that few rows serve a step
-    step      the next num_sequences cells, drawn from the sources by weight
+    source     its training tokens, end to end: linear positions 0 … N−1
+    epoch      the same tokens with their blocks permuted            (stream offsets 0 … N−1)
+    sequence   data_length stream tokens + lookahead, in an order that is fair (windows.py)
+    step       the next num_sequences sequences, drawn from the sources by weight
 
-A run has one cursor, the number of finished steps. It runs through all phases: a phase cuts the
-stream from where the phase before stopped, in cells of its own length. Every answer is arithmetic
+A run has one cursor, the number of finished steps. It runs through all phases: each one takes a
+fair sample of what the phases before it left of a window of the stream. Every answer is arithmetic
 on a few integers, so resuming at step 10,000,000 costs what step 0 costs, and no process has to be
 told anything but the step. Neither the number of workers nor time appears anywhere.
 
-Exactly once: within an epoch of a source, cells are disjoint and cover the stream up to a tail
-shorter than one sequence (`Order.tail_tokens`), whatever the phases' cell lengths are.
+Exactly once: within an epoch of a source, sequences are disjoint. They cover the stream up to a
+tail (`Order.tail_tokens`) and what a phase drops where it ends (`Order.dropped_tokens`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pipelines.errors import DataError
 from pipelines.permute import Int64, combine, permute
+from pipelines.windows import PhaseLayout, SourceWindows, tokens_needed
 
-_BLOCKS, _CELLS = 1, 2  # domains of the keys: no permutation shares its key with another's
+ORDER_VERSION = 2  # of another version, the same steps read other tokens
+_BLOCKS = 1  # the domain of the keys: no other permutation shares a key with one of these
 _WEIGHT_UNIT = 1 << 22  # weights are rounded to this; 2^63 / 2^22 sequences fit in an int64
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,10 @@ class StreamSource:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How one phase cuts the stream. Lengths are in tokens."""
-
-    first_step: int
-    steps: int
-    num_sequences: int
-    data_length: int
-    lookahead: int
-
-
-@dataclass(frozen=True)
 class Spans:
     """The sequences of one step's global batch, in slot order; each array is [num_sequences].
 
-    Sequence i reads `length` tokens (and the cut's look-ahead) at stream `offset` of `epoch` of
+    Sequence i reads `length` tokens (and the phase's look-ahead) at stream `offset` of `epoch` of
     source number `source`.
     """
 
@@ -74,30 +66,22 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class _Cursor:
-    """Where a phase starts in a source: the epoch, and the stream offset inside it."""
-
-    epoch: int
-    offset: int
-
-
-@dataclass(frozen=True)
 class Order:
     """The order of a whole run.
 
     Args:
         sources: what is mixed; weights need not sum to one.
-        cuts: the phases, in order, back to back from step 0.
+        layouts: the phases, in order, back to back from step 0.
         block_tokens: the unit of the epoch permutation.
-        shuffle_tokens: the size of a group of cells that is shuffled together.
+        shuffle_tokens: about how long a window is.
         seed: another seed is another order.
 
     Raises:
-        DataError: a source in use is too short for one sequence, or nothing has weight.
+        DataError: a source in use is too short for every phase, or nothing has weight.
     """
 
     sources: tuple[StreamSource, ...]
-    cuts: tuple[Cut, ...]
+    layouts: tuple[PhaseLayout, ...]
     block_tokens: int
     shuffle_tokens: int
     seed: int
@@ -105,21 +89,20 @@ class Order:
     def __post_init__(self) -> None:
         if not any(source.weight > 0 for source in self.sources):
             raise DataError("data.sources: every weight is 0; give at least one a positive weight")
+        need = tokens_needed(self.layouts)
         for source, (part, _) in zip(self.sources, self._shares, strict=True):
             if source.weight > 0 and part == 0:
                 raise DataError(
                     f"data.sources: {source.name} has a share of less than 1 in {_WEIGHT_UNIT:,} "
                     "of the sequences and would never be read; give it a larger weight, or 0"
                 )
-        for source in self.sources:
-            for cut in self.cuts:
-                need = cut.data_length + cut.lookahead
-                if source.weight > 0 and source.num_tokens < need:
-                    raise DataError(
-                        f"data.sources: {source.name} has {source.num_tokens:,} training tokens, "
-                        f"fewer than one sequence of {need:,} (sequence_length x bag_size, and the "
-                        "bag after it); add text or shorten train.sequence_length"
-                    )
+            if source.weight > 0 and source.num_tokens < need:
+                raise DataError(
+                    f"data.sources: {source.name} has {source.num_tokens:,} training tokens, fewer "
+                    f"than the {need:,} that hold a whole number of sequences of every phase "
+                    "(sequence_length x bag_size) and the bag after them; add text or shorten "
+                    "train.sequence_length"
+                )
 
     def spans(self, first: int, last: int | None = None, slots: slice | None = None) -> Spans:
         """The global batches of steps [first, last) of one phase, one after the other.
@@ -130,19 +113,20 @@ class Order:
             slots: only these of each batch, such as a rank's; nothing is worked out for the others.
         """
         phase = self._phase_at(first)
-        cut = self.cuts[phase]
-        begin, end = first - cut.first_step, (first + 1 if last is None else last) - cut.first_step
-        if not begin < end <= cut.steps:
+        layout = self.layouts[phase]
+        begin = first - layout.first_step
+        end = (first + 1 if last is None else last) - layout.first_step
+        if not begin < end <= layout.steps:
             raise IndexError(f"steps {first} to {last} are not within one phase")
         steps = np.arange(begin, end, dtype=np.int64)[:, np.newaxis]
-        wanted = range(cut.num_sequences)[slots or slice(None)]
-        ordinals = (steps * cut.num_sequences + np.array(wanted, np.int64)).ravel()
-        source, cell = self._draw(ordinals)
-        epoch, offset = np.empty_like(cell), np.empty_like(cell)
+        wanted = range(layout.num_sequences)[slots or slice(None)]
+        ordinals = (steps * layout.num_sequences + np.array(wanted, np.int64)).ravel()
+        source, index = self._draw(ordinals)
+        epoch, offset = np.empty_like(index), np.empty_like(index)
         for number in np.unique(source):
-            mine = source == number
-            epoch[mine], offset[mine] = self._cells(phase, int(number), cell[mine])
-        return Spans(source, epoch, offset, cut.data_length)
+            own = source == number
+            epoch[own], offset[own] = self._windows[number].locate(phase, index[own])
+        return Spans(source, epoch, offset, layout.data_length)
 
     def linear(self, spans: Spans, length: int) -> tuple[Int64, Int64, Int64, Int64]:
         """Where the `length` stream tokens from the start of each span lie in their sources.
@@ -170,25 +154,46 @@ class Order:
 
     def epochs_after(self, phase: int) -> tuple[float, ...]:
         """Passes over each source once phases 0 … `phase` are done."""
-        cursors = self._cursors[phase + 1]
-        return tuple(
-            cursor.epoch + cursor.offset / source.num_tokens if source.num_tokens else 0.0
-            for cursor, source in zip(cursors, self.sources, strict=True)
-        )
+        return self._of_each(lambda windows: windows.passes_after(phase), 0.0)
 
     def tail_tokens(self, phase: int) -> tuple[int, ...]:
-        """Tokens at the end of each whole epoch that fill no sequence of that phase's cut."""
-        cut = self.cuts[phase]
+        """Tokens that each whole epoch of that phase leaves at its end, of each source."""
+        return self._of_each(lambda windows: windows.tail_tokens(phase), 0)
+
+    def dropped_tokens(self, phase: int) -> tuple[int, ...]:
+        """Tokens that the phase drops where it ends, of each source."""
+        return self._of_each(lambda windows: windows.dropped_tokens(phase), 0)
+
+    def _of_each(self, of: Callable[[SourceWindows], T], unused: T) -> tuple[T, ...]:
+        """What holds of each source; `unused` of those without weight."""
+        windows = self._windows
         return tuple(
-            source.num_tokens - _cells_in(source.num_tokens, cut) * cut.data_length
-            for source in self.sources
+            of(windows[number]) if number in windows else unused
+            for number in range(len(self.sources))
         )
 
     def _phase_at(self, step: int) -> int:
-        for number, cut in enumerate(self.cuts):
-            if cut.first_step <= step < cut.first_step + cut.steps:
+        for number, layout in enumerate(self.layouts):
+            if layout.first_step <= step < layout.first_step + layout.steps:
                 return number
         raise IndexError(f"step {step} lies outside the plan")
+
+    @cached_property
+    def _windows(self) -> dict[int, SourceWindows]:
+        """The order inside each source that has weight, by its number."""
+        drawn = [self._drawn(layout.steps * layout.num_sequences) for layout in self.layouts]
+        return {
+            number: SourceWindows(
+                number,
+                source.num_tokens,
+                self.layouts,
+                tuple(of_phase[number] for of_phase in drawn),
+                self.shuffle_tokens,
+                self.seed,
+            )
+            for number, source in enumerate(self.sources)
+            if source.weight > 0
+        }
 
     @cached_property
     def _shares(self) -> tuple[tuple[int, int], ...]:
@@ -198,24 +203,24 @@ class Order:
         return tuple((part, sum(parts[number:])) for number, part in enumerate(parts))
 
     def _draw(self, ordinals: Int64) -> tuple[Int64, Int64]:
-        """Each sequence's source, and how many of that source came before it in the phase.
+        """Each sequence's source, and how many of that source came before it in its phase.
 
         The first source takes every (weight/total)-th sequence, evenly spread; what is left goes
         to the second in its share of the rest, and so on.
         """
         source = np.zeros_like(ordinals)
         rest = ordinals.copy()  # ordinals among the sequences that the sources so far left
-        cell = np.zeros_like(ordinals)
+        index = np.zeros_like(ordinals)
         open_ = np.ones(ordinals.shape, dtype=bool)
         for number, (part, remaining) in enumerate(self._shares):
             if remaining == 0:
                 break
             before = rest * part // remaining
             takes = open_ & ((rest + 1) * part // remaining > before)
-            source[takes], cell[takes] = number, before[takes]
+            source[takes], index[takes] = number, before[takes]
             open_ &= ~takes
             rest -= before
-        return source, cell
+        return source, index
 
     def _drawn(self, count: int) -> tuple[int, ...]:
         """How many of the first `count` sequences of a phase come from each source."""
@@ -225,46 +230,6 @@ class Order:
             drawn.append(taken)
             rest -= taken
         return tuple(drawn)
-
-    @cached_property
-    def _cursors(self) -> tuple[tuple[_Cursor, ...], ...]:
-        """[phases + 1][sources]: where each phase starts, and where the last one ends."""
-        cursors = [tuple(_Cursor(0, 0) for _ in self.sources)]
-        for cut in self.cuts:
-            drawn = self._drawn(cut.steps * cut.num_sequences)
-            cursors.append(
-                tuple(
-                    _advance(cursor, source.num_tokens, cut, cells)
-                    for cursor, source, cells in zip(cursors[-1], self.sources, drawn, strict=True)
-                )
-            )
-        return tuple(cursors)
-
-    def _cells(self, phase: int, source: int, cell: Int64) -> tuple[Int64, Int64]:
-        """(epoch, stream offset) of a phase's cells, counted from where the phase starts."""
-        cut, num_tokens = self.cuts[phase], self.sources[source].num_tokens
-        start = self._cursors[phase][source]
-        total = self._drawn(cut.steps * cut.num_sequences)[source]
-        in_first = min(_cells_in(num_tokens - start.offset, cut), total)
-        per_epoch = _cells_in(num_tokens, cut)
-
-        later = cell >= in_first
-        past, index = np.divmod(np.where(later, cell - in_first, cell), max(per_epoch, 1))
-        index = np.where(later, index, cell)
-        epoch = np.where(later, start.epoch + 1 + past, start.epoch)
-        base = np.where(later, 0, start.offset)
-        # Cells that this phase takes from this epoch: the last epoch of a phase may be cut short,
-        # and a group that reached past the end would mix in cells of the next phase.
-        taken = np.where(
-            later, np.minimum(total - in_first - past * per_epoch, per_epoch), in_first
-        )
-
-        group_cells = max(self.shuffle_tokens // cut.data_length, 1)
-        group, inside = np.divmod(index, group_cells)
-        size = np.minimum(group_cells, taken - group * group_cells)
-        key = combine(_CELLS, self.seed, source, phase, epoch, group)
-        shuffled = group * group_cells + permute(inside, size, key)
-        return epoch, base + shuffled * cut.data_length
 
 
 def rank_slots(num_sequences: int, world_size: int, rank: int) -> slice:
@@ -306,17 +271,3 @@ def named_spans(order: Order, steps: Iterable[int]) -> list[list[Any]]:
         ):
             named.append([step + 1, order.sources[source].name, epoch, offset, spans.length])
     return named
-
-
-def _cells_in(num_tokens: int, cut: Cut) -> int:
-    return max(num_tokens - cut.lookahead, 0) // cut.data_length
-
-
-def _advance(cursor: _Cursor, num_tokens: int, cut: Cut, cells: int) -> _Cursor:
-    """The cursor after taking `cells` cells."""
-    in_first = _cells_in(num_tokens - cursor.offset, cut)
-    if cells <= in_first:
-        return _Cursor(cursor.epoch, cursor.offset + cells * cut.data_length)
-    per_epoch = _cells_in(num_tokens, cut)
-    full, rest = divmod(cells - in_first - 1, per_epoch)
-    return _Cursor(cursor.epoch + 1 + full, (rest + 1) * cut.data_length)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.ingest import Feed, _block
-from pipelines.order import Cut, Order, StreamSource
+from pipelines.order import Order, PhaseLayout, StreamSource
 from tests.tiny import make_config, make_corpus, make_job
 from tst_ray.bench import BENCHES, print_bench, run_bench
 from tst_ray.bench.measure import Figure, PeakBytes, medians
@@ -192,8 +192,8 @@ def test_the_gradient_of_an_embedding_is_the_same_every_time() -> None:
 
 def feed_of(steps: int, num_sequences: int = 16, length: int = 64, bag: int = 4) -> Feed:
     source = StreamSource("s", 10**9, 1.0)
-    cut = Cut(0, steps, num_sequences, length * bag, bag)
-    order = Order((source,), (cut,), 65_536, 1 << 24, 0)
+    layout = PhaseLayout(0, steps, num_sequences, length * bag, bag)
+    order = Order((source,), (layout,), 65_536, 1 << 24, 0)
     return Feed("/nowhere", "/nowhere", "", order, 0, bag, "uint16")
 
 
@@ -208,7 +208,7 @@ def test_few_bytes_of_a_token_go_through_the_object_store(tmp_path: Path) -> Non
     """Two bytes a token where the vocabulary fits into 16 bits, and little for each sequence."""
     manifest = make_corpus(tmp_path / "text")
     feed = make_job(make_config(tmp_path, manifest), manifest).feeds[1]
-    first = feed.order.cuts[1].first_step
+    first = feed.order.layouts[1].first_step
     rows = feed.rows(first, feed.last_step, 0, 1)["tokens"]
     block = _block(feed, first, feed.last_step, 0, 1)
     assert block.num_rows == len(rows) and rows.size > 0

@@ -66,7 +66,7 @@ def reading(
     bags, tokens = job.plan.phases
 
     def parts(feed: Feed, most_workers: int) -> list[tuple[int, int]]:
-        first = feed.order.cuts[feed.phase].first_step
+        first = feed.order.layouts[feed.phase].first_step
         return [(step, step + 2) for step in range(first, feed.last_step, 2)]
 
     monkeypatch.setattr(Feed, "parts", parts)

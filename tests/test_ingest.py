@@ -32,7 +32,7 @@ from pipelines.ingest import (
     read_inline,
 )
 from pipelines.manifest import Manifest
-from pipelines.order import Cut, Order, StreamSource
+from pipelines.order import Order, PhaseLayout, StreamSource
 from tests.corpora import position_tokens, write_corpus
 
 STEPS, SEQUENCES, BAG = 9, 5, 4
@@ -46,12 +46,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
     """Two phases over a 2:1 mixture: bags of 4 over 8 latent positions, then plain."""
-    cuts = (Cut(0, STEPS, SEQUENCES, 32, BAG), Cut(STEPS, STEPS, SEQUENCES, 8, 1))
+    layouts = (
+        PhaseLayout(0, STEPS, SEQUENCES, 32, BAG),
+        PhaseLayout(STEPS, STEPS, SEQUENCES, 8, 1),
+    )
     sources = tuple(
         StreamSource(source.name, source.train.tokens, weight)
         for source, weight in zip(manifest.sources, (2.0, 1.0), strict=True)
     )
-    order = Order(sources, cuts, block_tokens=64, shuffle_tokens=256, seed=seed)
+    order = Order(sources, layouts, block_tokens=64, shuffle_tokens=256, seed=seed)
     path = f"{manifest.folder}/manifest.json"
     bag = BAG if phase == 0 else 1
     return Feed(manifest.folder, path, manifest.fingerprint, order, phase, bag, manifest.dtype)
@@ -59,9 +62,9 @@ def make_feed(manifest: Manifest, phase: int = 0, seed: int = 0) -> Feed:
 
 def expected_tokens(feed: Feed, step: int) -> list[list[int]]:
     """The step's sequences straight from the sources, without shards."""
-    cut, spans = feed.order.cuts[feed.phase], feed.order.spans(step)
+    layout, spans = feed.order.layouts[feed.phase], feed.order.spans(step)
     rows: list[list[int]] = [[] for _ in range(len(spans))]
-    pieces = feed.order.linear(spans, cut.data_length + cut.lookahead)
+    pieces = feed.order.linear(spans, layout.data_length + layout.lookahead)
     for span, at, start, stop in zip(*pieces, strict=True):
         assert at == len(rows[span])
         source = int(spans.source[span])
@@ -146,7 +149,7 @@ def test_shards_of_another_corpus_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_feed_is_small_however_large_the_corpus() -> None:
-    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10**6, 16_384, 65_536, 16),),
+    order = Order((StreamSource("web", 10**13, 1.0),), (PhaseLayout(0, 10**6, 16_384, 65_536, 16),),
                   1 << 20, 1 << 28, 0)  # fmt: skip
     feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, 0, 16, "uint16")
     assert len(pickle.dumps(feed)) < 1_000
@@ -214,13 +217,13 @@ class ChunksOfTwo(Feed):
 
 def test_a_long_phase_is_read_in_parts_of_few_tasks() -> None:
     """10B on 512 workers: months of steps, and never more than a few thousand tasks at once."""
-    cut = Cut(12_483, 37_500, 2_048, 4_096, 1)
-    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 12_483, 2_048, 65_536, 16), cut),
-                  1 << 20, 1 << 28, 0)  # fmt: skip
+    layout = PhaseLayout(12_483, 37_500, 2_048, 4_096, 1)
+    layouts = (PhaseLayout(0, 12_483, 2_048, 65_536, 16), layout)
+    order = Order((StreamSource("web", 10**13, 1.0),), layouts, 1 << 20, 1 << 28, 0)
     for phase in (0, 1):
         feed = Feed("/shards", "/run/manifest.json", "0" * 64, order, phase, 16, "uint32")
         parts = feed.parts(512)
-        first = order.cuts[phase].first_step
+        first = order.layouts[phase].first_step
         assert parts[0][0] == first
         assert parts[-1][1] == feed.last_step
         assert all(a[1] == b[0] for a, b in pairwise(parts))
@@ -232,7 +235,7 @@ def test_a_long_phase_is_read_in_parts_of_few_tasks() -> None:
 
 def test_a_block_is_as_large_as_its_tokens_take() -> None:
     """A vocabulary that fits into 16 bits gets twice the steps into a block."""
-    order = Order((StreamSource("web", 10**13, 1.0),), (Cut(0, 10_000, 16, 32_768, 16),),
+    order = Order((StreamSource("web", 10**13, 1.0),), (PhaseLayout(0, 10_000, 16, 32_768, 16),),
                   1 << 20, 1 << 28, 0)  # fmt: skip
     steps = {}
     for dtype in ("uint16", "uint32"):
@@ -301,7 +304,7 @@ def test_reading_waits_for_no_cpu_and_keeps_to_its_nodes(
     make = ingest.ray_dataset
     monkeypatch.setattr(ingest, "ray_dataset", lambda *args: made.append(make(*args)) or made[-1])
     feed, there = make_feed(manifest, phase), int(ray.cluster_resources()["CPU"])
-    first = feed.order.cuts[phase].first_step
+    first = feed.order.layouts[phase].first_step
     (tmp_path / "run.json").write_text(json.dumps({"step": first + 1}))
     where = only_on([ray.get_runtime_context().get_node_id()])
     others = placement_group([{"CPU": 1.0}] * there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from pipelines.errors import DataError
 from pipelines.order import (
-    Cut,
     Order,
+    PhaseLayout,
     Spans,
     StreamSource,
     digest,
@@ -21,13 +22,13 @@ from pipelines.order import (
 from pipelines.permute import combine, permute
 
 
-def make_cuts(*phases: tuple[int, int, int, int]) -> tuple[Cut, ...]:
+def make_layouts(*phases: tuple[int, int, int, int]) -> tuple[PhaseLayout, ...]:
     """(steps, num_sequences, data_length, lookahead) per phase."""
-    cuts, first = [], 0
+    layouts, first = [], 0
     for steps, num_sequences, data_length, lookahead in phases:
-        cuts.append(Cut(first, steps, num_sequences, data_length, lookahead))
+        layouts.append(PhaseLayout(first, steps, num_sequences, data_length, lookahead))
         first += steps
-    return tuple(cuts)
+    return tuple(layouts)
 
 
 def make_order(
@@ -41,7 +42,7 @@ def make_order(
     sources = tuple(
         StreamSource(f"s{i}", n, w) for i, (n, w) in enumerate(zip(tokens, weights, strict=True))
     )
-    return Order(sources, make_cuts(*phases), block_tokens, shuffle_tokens, seed)
+    return Order(sources, make_layouts(*phases), block_tokens, shuffle_tokens, seed)
 
 
 def tokens_of(order: Order, step: int) -> list[tuple[int, int, int]]:
@@ -87,39 +88,54 @@ def test_permute_is_frozen() -> None:
     assert big.tolist() == GOLDEN_BIG
 
 
-@pytest.mark.parametrize(
-    "phases",
-    [
-        [(40, 5, 64, 4)],
-        [(12, 3, 64, 4), (60, 3, 16, 1)],  # a bag of 4, then plain
-        [(7, 3, 60, 6), (9, 5, 28, 4), (50, 3, 10, 1)],  # lengths that divide nothing
-        [(11, 3, 10, 1), (5, 3, 60, 6), (20, 3, 10, 1)],  # growing again
-    ],
-)
-def test_exactly_once_within_an_epoch(phases: list[tuple[int, int, int, int]]) -> None:
-    order = make_order(*phases, tokens=(2_000,))
+SCHEDULES = {
+    "one phase": [(40, 5, 64, 4)],
+    "a bag of 4, then plain": [(12, 3, 64, 4), (60, 3, 16, 1)],
+    "bags get smaller": [(4, 3, 128, 8), (6, 3, 64, 4), (9, 3, 32, 2), (60, 3, 16, 1)],
+    "lengths that divide nothing": [(7, 3, 60, 6), (9, 5, 28, 4), (50, 3, 10, 1)],
+    "bags grow again": [(11, 3, 10, 1), (5, 3, 60, 6), (20, 3, 10, 1)],
+    "three phases within a window": [(2, 2, 64, 4), (3, 2, 16, 1), (90, 2, 16, 1)],
+}
+
+
+@pytest.mark.parametrize("shuffle_tokens", [1, 500, 1_200, 10_000])
+@pytest.mark.parametrize("phases", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_exactly_once_within_an_epoch(
+    phases: list[tuple[int, int, int, int]], shuffle_tokens: int
+) -> None:
+    """No token comes twice; what is skipped is the tails and drops that the plan prints."""
+    order = make_order(*phases, tokens=(2_000,), shuffle_tokens=shuffle_tokens)
     seen: dict[int, list[int]] = {}
     for step in range(sum(phase[0] for phase in phases)):
         for _, epoch, position in tokens_of(order, step):
             seen.setdefault(epoch, []).append(position)
-    longest = max(phase[2] + phase[3] for phase in phases)
+    every = range(len(phases))
+    tail = max(order.tail_tokens(phase)[0] for phase in every)
+    dropped = sum(order.dropped_tokens(phase)[0] for phase in every)
     for epoch, positions in seen.items():
         assert len(positions) == len(set(positions)), f"a token came twice in epoch {epoch}"
         if epoch < max(seen):
-            assert len(positions) > 2_000 - longest, "more than a tail was skipped"
+            assert len(positions) >= 2_000 - tail - dropped, "more was skipped than is told"
     assert sorted(seen) == list(range(max(seen) + 1))
 
 
-def test_a_partial_epoch_covers_a_prefix_of_the_stream() -> None:
-    """What a phase leaves in its last group, the next phase must take, not skip."""
-    order = make_order((3, 3, 64, 4), (80, 2, 16, 1), tokens=(4_000,), shuffle_tokens=10_000)
-    offsets: set[int] = set()
-    for step in range(83):
-        spans = order.spans(step)
-        for offset in spans.offset[spans.epoch == 0].tolist():
-            offsets.update(range(offset, offset + spans.length))
-    assert offsets == set(range(len(offsets)))
-    assert len(offsets) == 3 * 3 * 64 + 80 * 2 * 16
+@pytest.mark.parametrize("phases", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_what_a_phase_drops_is_less_than_a_grain(phases: list[tuple[int, int, int, int]]) -> None:
+    order = make_order(*phases, tokens=(2_000,))
+    lengths = [phase[2] for phase in phases]
+    for phase in range(len(phases)):
+        grain = math.lcm(*lengths[phase:])
+        assert order.dropped_tokens(phase)[0] < grain
+        if lengths == sorted(lengths, reverse=True) and grain == lengths[phase]:
+            assert order.dropped_tokens(phase) == (0,)
+
+
+def test_a_phase_trains_on_what_the_ones_before_it_left() -> None:
+    """An epoch in one window that two phases share: together they cover all of it but a tail."""
+    order = make_order((3, 5, 64, 4), (24, 5, 16, 1), tokens=(15 * 64 + 120 * 16 + 4,))
+    taken = [pos for step in range(27) for _, epoch, pos in tokens_of(order, step) if epoch == 0]
+    assert len(taken) == len(set(taken)) == 15 * 64 + 120 * 16
+    assert order.epochs_after(1)[0] == pytest.approx(1, abs=4 / 2_880)
 
 
 def test_tail_is_what_is_left_out() -> None:
@@ -127,6 +143,90 @@ def test_tail_is_what_is_left_out() -> None:
     trained = {pos for step in range(200) for _, e, pos in tokens_of(order, step) if e == 1}
     assert order.tail_tokens(0) == (1_000 - len(trained),)
     assert 0 < order.tail_tokens(0)[0] < 64 + 4
+
+
+# ── fairness ─────────────────────────────────────────────────────────────────────────────────────
+
+DEMO_TOKENS, ROW, LATENT, BATCH = 12_000_000, 65_536, 64, 16
+
+
+def demo_like(bags: tuple[int, ...], steps: int, shuffle_tokens: int = 1 << 24) -> Order:
+    """The demo's corpus and batch: equal shares of 30 % of the steps in bags, the rest plain."""
+    share = round(0.3 * steps) // (len(bags) - 1)
+    counts = [share] * (len(bags) - 1)
+    counts.append(steps - sum(counts))
+    phases = [(n, BATCH, LATENT * bag, bag) for n, bag in zip(counts, bags, strict=True)]
+    return make_order(
+        *phases, tokens=(DEMO_TOKENS,), block_tokens=ROW, shuffle_tokens=shuffle_tokens
+    )
+
+
+def rows_of(order: Order, first: int, last: int) -> np.ndarray:
+    """The shard row in which each sequence of steps [first, last) starts, of one phase."""
+    spans = order.spans(first, last)
+    _, _, start, _ = order.linear(spans, 1)
+    return start // ROW
+
+
+def fairness(rows: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """(rows touched, against what a fair draw touches; chi-square per degree of freedom).
+
+    Args:
+        rows: of each sequence drawn.
+        sizes: [rows] tokens that could be drawn of each; rows are numbered from 0.
+    """
+    share = sizes / sizes.sum()
+    counts = np.bincount(rows, minlength=len(sizes))
+    expected = len(rows) * share
+    touched = (counts > 0).sum() / (1 - (1 - share) ** len(rows)).sum()
+    return touched, ((counts - expected) ** 2 / expected).sum() / (len(sizes) - 1)
+
+
+def row_sizes(num_tokens: int = DEMO_TOKENS) -> np.ndarray:
+    return np.minimum(ROW, num_tokens - np.arange(0, num_tokens, ROW))
+
+
+@pytest.mark.parametrize("steps", [3_000, 6_000])
+@pytest.mark.parametrize("bags", [(4, 1), (8, 4, 2, 1), (6, 1)])
+def test_any_thousand_steps_of_a_phase_are_a_fair_sample(bags: tuple[int, ...], steps: int) -> None:
+    """Of a corpus that fits a window; of a shorter phase, all its steps."""
+    order = demo_like(bags, steps)
+    for layout in order.layouts:
+        last = layout.first_step + layout.steps
+        stretch = min(1_000, layout.steps)
+        for first in {layout.first_step, layout.first_step + 137, last - stretch}:
+            rows = rows_of(order, first, min(first + stretch, last))
+            touched, chi_square = fairness(rows, row_sizes())
+            assert touched >= 0.97, (layout, first)
+            assert chi_square <= 1.5, (layout, first)
+
+
+def test_a_longer_corpus_is_sampled_fairly_inside_each_window() -> None:
+    order = demo_like((4, 1), 6_000, shuffle_tokens=1 << 21)
+    spans = order.spans(order.layouts[1].first_step, 6_000)
+    windows = spans.offset * 6 // DEMO_TOKENS  # 12 M tokens in windows of 2 Mi are six
+    assert len(np.unique(windows)) > 1
+    for window in np.unique(windows):
+        offsets = spans.offset[windows == window]
+        if len(offsets) < 8_000:  # the phase takes only a part of it
+            continue
+        begin = DEMO_TOKENS // 6 * window
+        parts = (offsets - begin) * 30 // (DEMO_TOKENS // 6)
+        touched, chi_square = fairness(parts, np.ones(30))
+        assert touched == pytest.approx(1, abs=0.03)
+        assert chi_square <= 1.5
+
+
+@pytest.mark.parametrize("bags", [(4, 1), (8, 4, 2, 1), (1, 6, 1)])
+def test_neighbours_in_a_batch_come_from_different_documents(bags: tuple[int, ...]) -> None:
+    """Documents of 6,000 tokens: two thousand, of which a fair draw seldom takes one twice."""
+    order = demo_like(bags, 3_000)
+    for layout in order.layouts:
+        spans = order.spans(layout.first_step, layout.first_step + min(1_000, layout.steps))
+        _, _, start, _ = order.linear(spans, 1)
+        documents = (start // 6_000).reshape(-1, BATCH)
+        same = (documents[:, 1:] == documents[:, :-1]).mean()
+        assert same < 0.002  # a fair draw: 0.0005
 
 
 def test_epochs_differ_and_steps_are_shuffled() -> None:
@@ -233,6 +333,9 @@ def test_epochs_after_counts_passes() -> None:
 def test_too_short_a_corpus_is_refused_with_both_numbers() -> None:
     with pytest.raises(DataError, match=r"s0 has 60 training tokens.*68"):
         make_order((1, 1, 64, 4), tokens=(60,))
+    with pytest.raises(DataError, match=r"s0 has 300 training tokens.*4,744"):
+        make_order((1, 1, 60, 4), (1, 1, 316, 4), (1, 1, 79, 1), tokens=(300,))
+    make_order((1, 1, 64, 4), tokens=(60, 68), weights=(0.0, 1.0))
 
 
 def test_ten_trillion_tokens_cost_what_ten_thousand_do() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.order import ORDER_VERSION
 from tst_ray.config import load_config
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.journal import read_state, update_state
@@ -21,7 +22,7 @@ def test_the_config_is_written_once(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with open_run(config) as (run, _):
         first = run.read("config.yaml")
-        run.write("plan.json", "{}")
+        run.write_json("plan.json", {"order": ORDER_VERSION})
     with open_run(make_config(tmp_path, "--checkpoint.every=7")) as (run, _):
         assert run.read("config.yaml") == first
 
@@ -29,7 +30,7 @@ def test_the_config_is_written_once(tmp_path: Path) -> None:
 def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path: Path) -> None:
     with open_run(make_config(tmp_path)) as (run, _):
         before = run.read("config.yaml")
-        run.write("plan.json", "{}")
+        run.write_json("plan.json", {"order": ORDER_VERSION})
     other = make_config(tmp_path, "--train.batch_size=8", "--run.seed=3")
     with pytest.raises(ConfigError) as caught, open_run(other):
         pass
@@ -52,7 +53,7 @@ def test_a_damaged_config_of_the_run_is_told_in_a_line(
     tmp_path: Path, content: bytes | None, told: str
 ) -> None:
     with open_run(make_config(tmp_path)) as (run, _):
-        run.write("plan.json", "{}")
+        run.write_json("plan.json", {"order": ORDER_VERSION})
     run.remove("config.yaml")
     if content is not None:
         run.write("config.yaml", content)
@@ -84,3 +85,18 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run\.storage: cannot write"), open_run(config):
         pass
     assert run_storage(config).url.endswith("/file/demo")
+
+
+@pytest.mark.parametrize(("plan", "version"), [({}, 1), ({"order": 3}, 3)])
+def test_a_run_in_another_order_of_the_data_is_refused_unless_it_is_finished(
+    tmp_path: Path, plan: dict[str, int], version: int
+) -> None:
+    config = make_config(tmp_path)
+    with open_run(config) as (run, _):
+        run.write_json("plan.json", plan)
+    told = f"version {version} of the data's order.*another run"
+    with pytest.raises(ConfigError, match=told), open_run(config):
+        pass
+    update_state(run, status="finished")
+    with open_run(config):
+        pass

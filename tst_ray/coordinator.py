@@ -26,6 +26,7 @@ from typing import Any
 from pipelines.errors import DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
+from pipelines.order import ORDER_VERSION
 from tst_ray.checkpoint import newest_step
 from tst_ray.corpus import (
     build_feeds,
@@ -327,7 +328,12 @@ class Coordinator:
         if copied_manifest(manifest.folder, run.location(MANIFEST)) != manifest:
             manifest.save(run.location(MANIFEST))
         if before is None:
-            facts = {"corpus": manifest.fingerprint, "shards": manifest.folder, "model": model}
+            facts = {
+                "order": ORDER_VERSION,
+                "corpus": manifest.fingerprint,
+                "shards": manifest.folder,
+                "model": model,
+            }
             run.write_json(PLAN, {**asdict(self.plan), **facts})
         elif before["shards"] != manifest.folder or "model" not in before:  # an older version's
             run.write_json(PLAN, {"model": model, **before, "shards": manifest.folder})

@@ -15,7 +15,7 @@ from pipelines.corpus import SourceSpec
 from pipelines.errors import DataError, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
-from pipelines.order import Cut, Order, StreamSource
+from pipelines.order import Order, PhaseLayout, StreamSource
 from pipelines.storage import absolute
 from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
@@ -207,8 +207,8 @@ def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
         StreamSource(source.name, source.train.tokens, weight)
         for source, weight in zip(manifest.sources, weights, strict=True)
     )
-    cuts = tuple(
-        Cut(
+    layouts = tuple(
+        PhaseLayout(
             phase.first_step,
             phase.steps,
             phase.num_sequences,
@@ -218,7 +218,7 @@ def build_order(config: Config, plan: Plan, manifest: Manifest) -> Order:
         for phase in plan.phases
     )
     block_tokens = manifest.row_tokens
-    return Order(sources, cuts, block_tokens, config.data.shuffle_tokens, config.run.seed)
+    return Order(sources, layouts, block_tokens, config.data.shuffle_tokens, config.run.seed)
 
 
 def _weights(config: Config, manifest: Manifest) -> list[float]:

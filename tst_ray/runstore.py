@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 
 from pipelines.errors import one_line
+from pipelines.order import ORDER_VERSION
 from tst_ray.config import diff
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, hold
+from tst_ray.journal import read_state
 from tst_ray.metrics import EVENTS
 from tst_ray.settings import Config
 from tst_ray.storage import Storage
@@ -33,10 +35,10 @@ def run_storage(config: Config) -> Storage:
 
 
 def check_same_run(run: Storage, config: Config) -> None:
-    """Refuse a directory that holds a run with another config.
+    """Refuse a directory that holds a run with another config, or in another order of the data.
 
     Raises:
-        ConfigError: one line a differing field that would change the run.
+        ConfigError: one line a differing field that would change the run; or the orders' versions.
         RunError: the run's own config cannot be read.
     """
     if not run.exists(PLAN):
@@ -47,6 +49,20 @@ def check_same_run(run: Storage, config: Config) -> None:
             f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
             "run.name, or the run's own settings:\n" + "\n".join(f"  {line}" for line in lines)
         )
+    if problem := _order_problem(run):
+        raise ConfigError(f"run.name = {config.run.name}: {run.url} {problem}")
+
+
+def _order_problem(run: Storage) -> str | None:
+    """Why an unfinished run cannot go on in this version's order of the data; None if it can."""
+    version = (run.read_json(PLAN) or {}).get("order", 1)  # the first one was not noted
+    if version == ORDER_VERSION or read_state(run).get("status") == "finished":
+        return None
+    return (
+        f"was begun with version {version} of the data's order, and this tst_ray has version "
+        f"{ORDER_VERSION}, which reads other tokens; finish it with the tst_ray that began it, or "
+        "use another run.name"
+    )
 
 
 def _config_of(run: Storage) -> dict[str, Any]:

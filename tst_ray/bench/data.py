@@ -22,7 +22,7 @@ import numpy as np
 from pipelines.corpus import SourceSpec
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
-from pipelines.order import Cut, Order, StreamSource
+from pipelines.order import Order, PhaseLayout, StreamSource
 from pipelines.shards import TokenReader
 from pipelines.tokenize import prepare
 from tst_ray.bench.measure import Figure
@@ -138,8 +138,8 @@ def ingest() -> list[Figure]:
 def _feed(manifest: Manifest, s: int, steps: int) -> Feed:
     length = _LENGTH * s
     source = StreamSource("text", manifest.sources[0].train.tokens, 1.0)
-    cut = Cut(0, steps, _SEQUENCES, length, s)
-    order = Order((source,), (cut,), manifest.row_tokens, 1 << 24, 0)
+    layout = PhaseLayout(0, steps, _SEQUENCES, length, s)
+    order = Order((source,), (layout,), manifest.row_tokens, 1 << 24, 0)
     place = f"{manifest.folder}/manifest.json"
     return Feed(manifest.folder, place, manifest.fingerprint, order, 0, s, manifest.dtype)
 
@@ -309,11 +309,11 @@ def scale() -> list[Figure]:
     tokens, workers, row = 10 * 10**12, 16_384, 1_000_000
     sequences, length = workers, 4096
     steps = tokens // (sequences * length)
-    cuts = (
-        Cut(0, steps // 4, sequences, length * 6, 6),
-        Cut(steps // 4, steps - steps // 4, sequences, length, 1),
+    layouts = (
+        PhaseLayout(0, steps // 4, sequences, length * 6, 6),
+        PhaseLayout(steps // 4, steps - steps // 4, sequences, length, 1),
     )
-    order = Order((StreamSource("all", tokens, 1.0),), cuts, row, 1 << 30, 0)
+    order = Order((StreamSource("all", tokens, 1.0),), layouts, row, 1 << 30, 0)
     feeds = [
         Feed("/nowhere", "/nowhere", "", order, phase, bag, "uint32")
         for phase, bag in ((0, 6), (1, 1))

@@ -98,12 +98,22 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task tokenizes: some consecutive files of one source."""
+    """What one task tokenizes: some consecutive files of one source.
+
+    `span` is the length of the sections that are held out for validation (holdout.py).
+    """
 
     source: str
     root: str
     text_field: str
     files: tuple[TextFile, ...]
+    span: int
+
+    @property
+    def name(self) -> str:
+        """Tells it from the other units of a preparation."""
+        first = self.files[0]
+        return f"{self.source}/{first.path}/{first.row_groups or ''}"
 
     @property
     def size(self) -> int:
@@ -411,7 +421,7 @@ def file_kind(path: str) -> str:
 # ── the work, cut into units ─────────────────────────────────────────────────────────────────────
 
 
-def plan_units(corpus: Corpus) -> list[Unit]:
+def plan_units(corpus: Corpus, span: int) -> list[Unit]:
     """Cut a source into units of about the same size; a big file is a unit of its own.
 
     A small file closes its unit with a chance of its size over the unit's, drawn from a hash of its
@@ -427,7 +437,7 @@ def plan_units(corpus: Corpus) -> list[Unit]:
         nonlocal pending_bytes
         pending_bytes = 0
         if pending:
-            units.append(Unit(corpus.name, corpus.root, corpus.text_field, tuple(pending)))
+            units.append(Unit(corpus.name, corpus.root, corpus.text_field, tuple(pending), span))
             pending.clear()
 
     big = {file.path: file for file in corpus.files if file.size >= target}
@@ -480,8 +490,3 @@ def _split_parquet(root: str, files: list[TextFile], target: int) -> dict[str, l
 
     with ThreadPoolExecutor(16) as pool:
         return dict(zip([file.path for file in files], pool.map(split, files), strict=True))
-
-
-def is_held_out(source: str, path: str, index: int, share: float) -> bool:
-    """Whether a document belongs to validation: by a hash of its name, not by order or chance."""
-    return draw("validation", source, path, index) < share

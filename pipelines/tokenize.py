@@ -32,6 +32,7 @@ from pipelines.corpus import (
     source_root,
 )
 from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.holdout import HOLDOUT_VERSION, section_span
 from pipelines.manifest import (
     SPLITS,
     VERSION,
@@ -93,6 +94,7 @@ def shard_settings(
         ],
         "tokenizer": tokenizer_identity(tokenizer, vocab_size),
         "validation_share": validation_share,
+        "holdout": HOLDOUT_VERSION,
         "row_tokens": row_tokens,
         "undecodable": undecodable,
     }
@@ -368,7 +370,11 @@ def _all_records(
 ) -> tuple[dict[str, Record], set[str]]:
     """The record of every unit by its key, in the corpus's order; and which were made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
-    units = {_hash([salt, facts(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
+    units = {
+        _hash([salt, facts(unit)]): unit
+        for corpus in corpora
+        for unit in plan_units(corpus, section_span(corpus.size, job.validation_share))
+    }
     records = kept_records(job.folder, units)
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.corpus import Unit, is_held_out
+from pipelines.corpus import Unit
 from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.holdout import hold_out
 from pipelines.manifest import SPLITS, Shard, damaged_shards
 from pipelines.shards import ShardWriter
 from pipelines.storage import below, listed, locate, read_bytes, write_atomically
@@ -90,12 +91,13 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
         "num_cut": 0,
         "cut": [],
     }
-    for texts in _batches(read_unit(unit), job, unit, record):
-        for text, tokens in zip(texts, _encode(job, texts), strict=True):
-            held_out = is_held_out(unit.source, text.path, text.index, job.validation_share)
-            writers["validation" if held_out else "train"].add(tokens)
-            record["documents"] += text.ends_document
-            record["text_bytes"] += text.num_bytes
+    texts = hold_out(
+        _readable(read_unit(unit), job, unit, record), job.validation_share, unit.span, unit.name
+    )
+    for batch in _batches(texts):
+        tokens = _encode(job, [text for _, text in batch])
+        for (split, _), ids in zip(batch, tokens, strict=True):
+            writers[split].add(ids)
     for split, writer in writers.items():
         record[split] = [asdict(shard) for shard in writer.close()]
     filesystem, root = locate(job.folder)
@@ -103,25 +105,33 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
     return record
 
 
-def _batches(
+def _readable(
     texts: Iterable[Text | LeftOut], job: Job, unit: Unit, record: Record
-) -> Iterator[list[Text]]:
-    """The readable texts, a few MiB together; the others are counted, or refused."""
-    batch: list[Text] = []
-    num_bytes = 0
+) -> Iterator[Text]:
+    """The readable texts; the others are counted, or refused."""
     for text in texts:
-        if isinstance(text, LeftOut):
-            if job.undecodable == "refuse":
-                raise DataError(
-                    f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "
-                    "or set data.undecodable=skip"
-                )
-            kind = "cut" if text.is_rest else "skipped"
-            record[f"num_{kind}"] += 1
-            if len(record[kind]) < MAX_NAMED_SKIPS:
-                record[kind].append({"path": text.path, "reason": text.reason})
+        if isinstance(text, Text):
+            record["documents"] += text.ends_document
+            record["text_bytes"] += text.num_bytes
+            yield text
             continue
-        batch.append(text)
+        if job.undecodable == "refuse":
+            raise DataError(
+                f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "
+                "or set data.undecodable=skip"
+            )
+        kind = "cut" if text.is_rest else "skipped"
+        record[f"num_{kind}"] += 1
+        if len(record[kind]) < MAX_NAMED_SKIPS:
+            record[kind].append({"path": text.path, "reason": text.reason})
+
+
+def _batches(texts: Iterable[tuple[str, Text]]) -> Iterator[list[tuple[str, Text]]]:
+    """A few MiB of texts together, each with its split."""
+    batch: list[tuple[str, Text]] = []
+    num_bytes = 0
+    for split, text in texts:
+        batch.append((split, text))
         num_bytes += text.num_bytes
         if num_bytes >= BATCH_BYTES:
             yield batch

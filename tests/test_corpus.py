@@ -21,7 +21,6 @@ from pipelines.corpus import (
     TextFile,
     facts,
     find_files,
-    is_held_out,
     named_sources,
     plan_units,
 )
@@ -398,7 +397,7 @@ SIZES = [(i * 7919) % 300_000 + 1 for i in range(1000)]
 
 def test_units_hold_every_file_once_in_order() -> None:
     source = made_up(SIZES)
-    units = plan_units(source)
+    units = plan_units(source, 512)
     assert tuple(file for unit in units for file in unit.files) == source.files
     target = 16 * 2**20  # the power of two below an eighth of 150 MB
     assert max(unit.size for unit in units) < 2 * target + 300_000
@@ -406,20 +405,20 @@ def test_units_hold_every_file_once_in_order() -> None:
 
 
 def test_a_big_file_is_a_unit_of_its_own() -> None:
-    units = plan_units(made_up([10, 10, 50_000_000, 10, 10]))
+    units = plan_units(made_up([10, 10, 50_000_000, 10, 10]), 512)
     assert [len(unit.files) for unit in units] == [2, 1, 2]
 
 
 def test_a_changed_file_leaves_the_other_units_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 2**20)
     source = made_up(SIZES)
-    before = plan_units(source)
+    before = plan_units(source, 512)
     assert len(before) > 100
     for changed in range(0, 1000, 37):
         files = list(source.files)
         files[changed] = replace(files[changed], size=files[changed].size + 9999, modified_ns=-1)
         files.insert(changed + 1, TextFile(f"f{changed:04d}b.txt", 300_000, 0))
-        after = plan_units(replace(source, files=tuple(files)))
+        after = plan_units(replace(source, files=tuple(files)), 512)
         assert 1 <= len(set(before) - set(after)) <= 8
 
 
@@ -430,24 +429,8 @@ def test_a_big_parquet_file_is_split_by_row_groups(
     monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 1000)
     documents = [f"document {i} " * (1 + i % 9) for i in range(100)]
     write_parquet(tmp_path / "a.parquet", documents, rows_per_group=7)
-    units = plan_units(found(f"{tmp_path}/*.parquet"))
+    units = plan_units(found(f"{tmp_path}/*.parquet"), 512)
     assert len(units) > 4
     read = [text for unit in units for text in read_unit(unit)]
     assert contents(read) == documents
     assert [text.index for text in read if isinstance(text, Text)] == list(range(100))
-
-
-# ── what is held out ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_held_out_documents_are_chosen_by_name_alone() -> None:
-    names = [("web", f"{i}.txt", j) for i in range(100) for j in range(100)]
-    two = {name for name in names if is_held_out(*name, 0.02)}
-    five = {name for name in reversed(names) if is_held_out(*name, 0.05)}
-    assert 140 < len(two) < 260
-    assert two < five  # a larger share holds out the same documents and more
-    assert not any(is_held_out(*name, 0.0) for name in names)
-    assert {("web", *rest) for _, *rest in two} != {
-        ("web", *rest) for _, *rest in names if is_held_out("other", *rest, 0.02)
-    }
-    assert is_held_out("web", "3.txt", 4, 0.02) == (("web", "3.txt", 4) in two)

@@ -161,7 +161,11 @@ def test_what_rich_takes_for_markup_is_shown_as_it_is(
     assert capfd.readouterr().out.count(name) == 4
     facts = plan_facts(config)
     for phase in facts["phases"]:
-        phase |= {"epochs_after": {name: 0.5}, "tail_tokens": {name: 5}}
+        phase |= {
+            "epochs_after": {name: 0.5},
+            "tail_tokens": {name: 5},
+            "dropped_tokens": {name: 0},
+        }
     print_plan({**facts, "corpus": {"mixture": {name: 0.5, "other": 0.5}}})
     assert capfd.readouterr().out.count(name) == 3
     print_checkpoints([{"step": 3, "state": "damaged", "checked": "sizes", "problem": name}])

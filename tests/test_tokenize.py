@@ -18,9 +18,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines import corpus, texts, units
-from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
+from pipelines.corpus import SourceSpec, find_files, named_sources
 from pipelines.errors import DataError, Unreadable
-from pipelines.manifest import Manifest, checksum_problem, verify_shards
+from pipelines.manifest import SPLITS, Manifest, checksum_problem, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
 from pipelines.tokenize import prepare, prepared_folder
@@ -126,12 +126,9 @@ def test_the_shards_hold_the_texts(sources: list[SourceSpec], folder: str) -> No
             for text in read_file(files.root, file, spec.text_field)
             if isinstance(text, Text)
         ]
-        split = {True: [], False: []}
-        for text in texts:
-            split[is_held_out(files.name, text.path, text.index, 0.2)].append(text.content)
-        assert documents(manifest, files.name, "train") == split[False]
-        assert documents(manifest, files.name, "validation") == split[True]
-        assert len(split[True]) > 2
+        train, held_out = (documents(manifest, files.name, name) for name in SPLITS)
+        assert sorted(train + held_out) == sorted(text.content for text in texts)
+        assert 2 < len(held_out) < len(train)
         source = manifest.source(files.name)
         assert source.documents == len(texts)
         assert source.text_bytes == sum(text.num_bytes for text in texts)
@@ -154,25 +151,22 @@ def test_the_manifest_counts_what_there_is(sources: list[SourceSpec], folder: st
             assert split.tokens == sum(shard.tokens for shard in split.shards)
 
 
-def test_a_long_text_has_one_end(
-    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+def test_sections_of_a_long_text_are_held_out_as_documents_of_their_own(
+    tmp_path: Path, folder: str
 ) -> None:
-    """One big file still gives its share to the hold-out."""
-    monkeypatch.setattr("pipelines.texts.PIECE_BYTES", 200)
-    whole = "".join(f"line {i}\n" for i in range(1000))
+    """One big file gives its share to the hold-out, and each part of it ends."""
+    whole = "".join(f"line {i}\n" for i in range(5000))
     (tmp_path / "a.txt").write_text(whole)
     manifest = prepared([SourceSpec(str(tmp_path / "a.txt"))], folder, undecodable="refuse")
-    train, held_out = (split_tokens(manifest, "a", split) for split in ("train", "validation"))
-    assert sum((tokens == manifest.eot_token).sum() for tokens in (train, held_out)) == 1
-    assert 0.1 < len(held_out) / (len(train) + len(held_out)) < 0.35
+    train, held_out = (documents(manifest, "a", split) for split in SPLITS)
+    assert sorted("".join(train + held_out)) == sorted(whole)
+    assert all(document in whole for document in train + held_out)
+    assert len(held_out) > 10 and 0.15 < len("".join(held_out)) / len(whole) < 0.25
     assert manifest.source("a").documents == 1
-    tokenizer = load_tokenizer(manifest.tokenizer_folder)
-    lines = tokenizer.decode(train).splitlines() + tokenizer.decode(held_out).splitlines()
-    assert sorted(set(lines) - {"<|endoftext|>"}) == sorted(whole.splitlines())
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_long_document_has_one_end_and_is_held_out_as_one(
+def test_a_long_document_has_one_end(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Those up to a piece's size are encoded as they always were; none is given in one breath."""
@@ -185,7 +179,7 @@ def test_a_long_document_has_one_end_and_is_held_out_as_one(
     else:
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts_of))
     source = [SourceSpec(str(path))]
-    whole = prepared(source, f"{folder}-whole", validation_share=0.3)
+    whole = prepared(source, f"{folder}-whole", validation_share=0.0)
     monkeypatch.setattr(texts, "PIECE_BYTES", 64)
     given: list[int] = []
     encode = units._encode
@@ -195,11 +189,9 @@ def test_a_long_document_has_one_end_and_is_held_out_as_one(
         return encode(job, batch)
 
     monkeypatch.setattr(units, "_encode", watched)
-    cut = prepared(source, folder, validation_share=0.3)
+    cut = prepared(source, folder, validation_share=0.0)
     assert max(given) <= 64 and len(given) > 3 * len(texts_of)
-    for split in ("train", "validation"):
-        assert len(documents(cut, "rows", split)) > 9
-        assert documents(cut, "rows", split) == documents(whole, "rows", split)
+    assert documents(cut, "rows", "train") == documents(whole, "rows", "train") == texts_of
     assert cut.sources[0].documents == whole.sources[0].documents == 80
     assert cut.sources[0].text_bytes == whole.sources[0].text_bytes
 
@@ -657,12 +649,8 @@ def test_a_trained_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
 
 def test_special_tokens_in_a_text_are_text(sources: list[SourceSpec], folder: str) -> None:
     manifest = prepared(sources, folder)
-    tokens = split_tokens(manifest, "web", "train")
-    num_documents = sum(
-        not is_held_out("web", "web.jsonl", index, SETTINGS["validation_share"])
-        for index in range(30)
-    )
-    assert (tokens == manifest.eot_token).sum() == num_documents
+    ends = [(split_tokens(manifest, "web", split) == manifest.eot_token).sum() for split in SPLITS]
+    assert sum(ends) == 30
 
 
 def test_nothing_is_added_or_cut(sources: list[SourceSpec], folder: str, tmp_path: Path) -> None:

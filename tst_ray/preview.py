@@ -63,9 +63,12 @@ def plan_facts(config: Config) -> dict[str, Any]:
             },
         }
         for phase in plan.phases:
-            epochs, tails = order.epochs_after(phase.index), order.tail_tokens(phase.index)
-            phases[phase.index]["epochs_after"] = dict(zip(names, epochs, strict=True))
-            phases[phase.index]["tail_tokens"] = dict(zip(names, tails, strict=True))
+            for name, of_sources in (
+                ("epochs_after", order.epochs_after(phase.index)),
+                ("tail_tokens", order.tail_tokens(phase.index)),
+                ("dropped_tokens", order.dropped_tokens(phase.index)),
+            ):
+                phases[phase.index][name] = dict(zip(names, of_sources, strict=True))
     return facts
 
 
@@ -151,10 +154,11 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
             )
             say(f"  memory a worker of {size}: about {_bytes(memory['total'])} ({parts})")
         for name, epochs in phase.get("epochs_after", {}).items():
-            tail = phase["tail_tokens"][name]
+            tail, dropped = phase["tail_tokens"][name], phase["dropped_tokens"][name]
+            at_its_end = f", {dropped:,} when the phase ends" if dropped else ""
             say(
-                f"  {name}: {epochs:.3f} epochs when it ends; "
-                f"{tail:,} tokens an epoch fill no sequence"
+                f"  {name}: {epochs:.3f} epochs when it ends; {tail:,} tokens per epoch are "
+                f"dropped (incomplete last sequence){at_its_end}"
             )
     if "corpus" in facts:
         shares = facts["corpus"]["mixture"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.manifest import Manifest, Split
-from pipelines.shards import Held, TokenReader
+from pipelines.manifest import Manifest, Source, Split
+from pipelines.shards import Held, ShardWriter, TokenReader
 from tests.corpora import write_corpus
 from tests.tiny import make_config
 from tst_ray import batches
-from tst_ray.batches import Validation
+from tst_ray.batches import Validation, start_within_document
 from tst_ray.corpus import _unevaluated
 from tst_ray.plan import build_plan
 
@@ -88,3 +88,16 @@ def test_held_out_text_that_is_no_sequence_is_told(tmp_path: Path, manifest: Man
     first, second = manifest.sources
     one = replace(manifest, sources=(first, replace(second, validation=Split.of(()))))
     assert (told(399, one) or "").startswith("the validation loss leaves out s1: fewer than 400")
+
+
+def test_a_held_out_sequence_stays_in_its_document_if_that_is_long_enough(tmp_path: Path) -> None:
+    """Documents of 30, 10 and 30 tokens; sequences of 12."""
+    writer = ShardWriter(str(tmp_path), "s/validation", dtype="uint16", row_tokens=16)
+    writer.add(np.array([*range(1, 30), 0, *range(1, 10), 0, *range(1, 30), 0]))
+    split = Split.of(writer.close())
+    source = Source("s", "made", 3, 70, 0, (), split, split)
+    reader = TokenReader(Manifest(str(tmp_path), "uint16", 16, 97, 0, "", (source,)), "s")
+    starts = {place: start_within_document(reader, place, 12, 0) for place in range(59)}
+    assert all(starts[place] == place for place in (0, 18, 40, 58))
+    assert [starts[place] for place in (19, 25, 29)] == [18, 18, 18]  # back from the first's end
+    assert all(starts[place] == place for place in range(30, 40))  # the second is too short

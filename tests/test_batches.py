@@ -20,8 +20,9 @@ from tst_ray.plan import build_plan
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Two sources with 400 held-out tokens each."""
-    return write_corpus(tmp_path_factory.mktemp("shards"), 3_000, 1_000)
+    """Two sources with 400 held-out tokens each, none of which ends a text."""
+    made = write_corpus(tmp_path_factory.mktemp("shards"), 3_000, 1_000)
+    return replace(made, eot_token=97)
 
 
 def load(tmp_path: Path, manifest: Manifest, world_size: int, **overrides: int) -> list[Validation]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipelines.corpus import PYTHON_STDLIB, SourceSpec, find_files, named_sources
 from pipelines.holdout import hold_out, section_span
 from pipelines.texts import Text
 
@@ -92,3 +95,39 @@ def test_a_section_is_long_in_a_large_source_and_seldom_changes() -> None:
     assert section_span(10**9, 0.02) == 8_192
     assert section_span(10**9 + 10**7, 0.02) == 8_192
     assert section_span(10**13, 0.02) == 1 << 20
+
+
+def test_five_draws_of_the_demos_text_give_one_model_the_same_loss() -> None:
+    """The model predicts a byte from the one before it; its losses differ from text to text, too.
+
+    Five draws of whole files lie much further apart.
+    """
+    source = find_files(named_sources([SourceSpec(PYTHON_STDLIB)])[0])
+    paths = [f"{source.root}/{file.path}" for file in source.files]
+    contents = [Path(path).read_text("utf-8", errors="ignore") for path in paths]
+    losses = bigram_losses(contents)
+
+    def loss(texts: Iterable[str]) -> float:
+        return losses[pairs("".join(texts))].mean()
+
+    whole = [Text(path, 0, content, 0) for path, content in zip(paths, contents, strict=True)]
+    span = section_span(source.size, 0.04)
+    draws = [
+        loss(text.content for split, text in hold_out(whole, 0.04, span, name) if split != "train")
+        for name in "abcde"
+    ]
+    of_files = [loss(contents[start::25]) for start in range(5)]
+    assert np.ptp(draws) < 0.02
+    assert np.ptp(of_files) > 3 * np.ptp(draws)
+
+
+def pairs(text: str) -> np.ndarray:
+    """Each byte with the one before it, as one number."""
+    raw = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return raw[:-1] * 256 + raw[1:]
+
+
+def bigram_losses(contents: list[str]) -> np.ndarray:
+    """Nats of each pair of bytes, by a model fitted on all of the text."""
+    counts = np.bincount(pairs("".join(contents)), minlength=1 << 16).reshape(256, 256) + 1.0
+    return -np.log(counts / counts.sum(axis=1, keepdims=True)).ravel()

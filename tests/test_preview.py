@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.tiny import make_config, make_corpus
 from tst_ray.cli import main
 from tst_ray.config import load_config
-from tst_ray.preview import plan_facts
+from tst_ray.preview import plan_facts, print_plan
 
 # preset: parameters and active ones in billions, data tokens of phase one and of the run, as the
 # paper has them (arXiv 2605.06546)
@@ -47,6 +49,20 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for line in ("1 x 6 + 2 x 5 sequences", "418,272 parameters", "memory a worker"):
         assert line in said, line
+
+
+def test_a_plan_tells_the_tokens_that_are_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A phase of next tokens, whose sequences are a quarter of those of the bags behind it."""
+    phases = "[{bag_size: 1, steps: 3}, {bag_size: 4, steps: 5}]"
+    config = make_config(tmp_path, make_corpus(tmp_path / "shards"), tst__bag_size=None,
+                         tst__ratio=None, phases=phases)  # fmt: skip
+    facts = plan_facts(config)
+    assert [phase["dropped_tokens"]["s0"] for phase in facts["phases"]] == [8, 0]
+    print_plan(facts)
+    said = capsys.readouterr().out
+    assert "dropped (incomplete last sequence), 8 when the phase ends" in said
 
 
 def test_a_plan_needs_no_ray() -> None:

@@ -294,7 +294,8 @@ class Coordinator:
             self.say("writing the model folder")
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
-            export = self._begin(backend, export_model, run.url, memory=memory)
+            key_file = self.config.checkpoint.key_file
+            export = self._begin(backend, export_model, run.url, key_file, memory=memory)
             step, samples = self._result(run, export, "closing")
             self._charge(run, "closing")
             if step == self.plan.total_steps:

@@ -83,6 +83,17 @@ def load(content: bytes) -> Any:
     return loaded
 
 
+class _StandIn:
+    """Takes the place of what a pickle names: made of anything, it does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
 def problem(content: bytes, files: Collection[str]) -> str | None:
     """What is wrong with a file; None if nothing is.
 
@@ -92,14 +103,12 @@ def problem(content: bytes, files: Collection[str]) -> str | None:
     kinds: dict[str, type] = {}
 
     def stand_in(module: str, name: str) -> type:
-        """A class that can be made of anything, and does nothing."""
-        if name not in kinds:
-            kinds[name] = type(name, (), {"__init__": lambda self, *args: None})
-        return kinds[name]
+        return kinds.setdefault(name, type(name, (_StandIn,), {}))
 
     try:
         metadata = _read(content, stand_in)
-        if type(metadata) is not kinds.get("Metadata"):
+        is_metadata = type(metadata) is kinds.get("Metadata")
+        if not is_metadata:
             return f"{METADATA} holds no metadata of a checkpoint"
         for name, entry in metadata.state_dict_metadata.items():
             is_tensor = type(entry) is kinds.get("TensorStorageMetadata")

@@ -41,7 +41,7 @@ def check_same_run(run: Storage, config: Config) -> None:
     """
     if not run.exists(PLAN):
         return  # nothing was trained under another config yet
-    lines = diff(_config_of(run), config.dump())
+    lines = diff(config_of(run), config.dump())
     if lines:
         raise ConfigError(
             f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
@@ -49,7 +49,7 @@ def check_same_run(run: Storage, config: Config) -> None:
         )
 
 
-def _config_of(run: Storage) -> dict[str, Any]:
+def config_of(run: Storage) -> dict[str, Any]:
     """What a run's config.yaml says. Raises RunError where somebody damaged it."""
     try:
         read = yaml.safe_load(run.read(CONFIG))
@@ -84,6 +84,13 @@ def open_run(config: Config) -> Iterator[tuple[Storage, Hold]]:
 def read_events(run: Storage) -> list[dict[str, Any]]:
     """All events, oldest first."""
     return run.read_lines(EVENTS)
+
+
+def run_key_file(run: Storage) -> str | None:
+    """The `checkpoint.key_file` that a run began with."""
+    checkpoint = config_of(run).get("checkpoint")
+    path = checkpoint.get("key_file") if isinstance(checkpoint, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def kept_model(run: Storage) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.addresses import masked
 from pipelines.errors import DataError
 from tst_ray.bench import BENCHES
 from tst_ray.errors import UserError
@@ -100,7 +101,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     wrong = [arg for arg in rest if not (args.takes_overrides and arg.startswith("--"))]
     if wrong:
         hint = "; write --section.field=value" if args.takes_overrides else ""
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
+        parser.error(f"unrecognized arguments: {masked(' '.join(wrong))}{hint}")
     args.overrides = rest
     return args
 
@@ -233,7 +234,7 @@ def _settings(args: argparse.Namespace) -> None:
 def _tell(text: str) -> None:
     """Print a line on standard error; where that is gone, nobody is told, and the work goes on."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        print(masked(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipelines.addresses import REMEDY, masked
 from tst_ray.checks import Problem, SettingPath, dotted, problems
 from tst_ray.errors import ConfigError
 from tst_ray.settings import SHIPPED, Config, PhaseConfig, SourceConfig, spell_out_model
@@ -88,7 +89,8 @@ def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config
     Raises:
         ConfigError: with everything that is wrong, a line each.
     """
-    lines = list(failures)
+    lines = [masked(line) for line in failures]
+    raw = _masked(raw, lines)  # so that no other line shows a secret
     try:
         config = Config.model_validate(raw)
         lines += [_line(problem, config.dump()) for problem in problems(config)]
@@ -101,6 +103,18 @@ def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return config
+
+
+def _masked(value: Any, lines: list[str], path: SettingPath = ()) -> Any:
+    """Settings in which no address has a secret; `lines` gets a line for each that had one."""
+    if isinstance(value, Mapping):
+        return {key: _masked(below, lines, (*path, key)) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_masked(item, lines, (*path, n)) for n, item in enumerate(value))
+    if not isinstance(value, str) or (shown := masked(value)) == value:
+        return value
+    lines.append(f"{dotted(path)} = {_show(shown)}: {REMEDY}")
+    return shown
 
 
 def diff(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -334,7 +348,7 @@ def _line(problem: Problem, dump: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = masked(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

@@ -30,9 +30,10 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from pipelines.addresses import REMEDY, has_secret, masked
 from pipelines.errors import one_line
 from pipelines.storage import absolute
-from tst_ray.errors import RunError, UserError
+from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.timeouts import STORAGE_S
 
 Value = TypeVar("Value")
@@ -56,11 +57,14 @@ class Storage:
         url: a local path or any fsspec URL.
 
     Raises:
+        ConfigError: a secret stands in the URL.
         RunError: the URL's filesystem is unknown, or its package is not installed; or a path
             begins with the home of nobody.
     """
 
     def __init__(self, url: str) -> None:
+        if has_secret(url):
+            raise ConfigError(f"{masked(url)}: {REMEDY}")
         self.url = absolute(url) if "://" in url else _local(url)
         self.is_local = "://" not in url or url.startswith("file://")
         try:

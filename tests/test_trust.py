@@ -374,6 +374,25 @@ def test_the_commands_refuse_it_in_a_line(
     assert not evil.traces.exists()
 
 
+def test_others_cannot_read_a_runs_settings(tmp_path: Path, finished: Path) -> None:
+    """They are in config.yaml and plan.json, and TensorBoard shows them; the rest is to be read."""
+    before = os.umask(0o022)
+    try:
+        assert main(["run", *arguments(tmp_path, finished / "text")]) == 0
+    finally:
+        os.umask(before)
+    run = tmp_path / "bad"
+    for_others = {
+        path.name for path in run.iterdir() if path.stat().st_mode & (5 if path.is_dir() else 4)
+    }
+    kept = {path.name for path in run.iterdir()} - for_others
+    assert {"config.yaml", "plan.json", "tensorboard"} <= kept
+    assert {"run.json", "metrics.jsonl", "events.jsonl", "checkpoints"} <= for_others
+    for name in ("config.yaml", "plan.json"):
+        assert (run / name).stat().st_mode & 0o777 == 0o640
+    assert (run / "tensorboard").stat().st_mode & 0o777 == 0o750
+
+
 # ---- signatures --------------------------------------------------------------------------------
 
 

@@ -329,9 +329,10 @@ class Coordinator:
             manifest.save(run.location(MANIFEST))
         if before is None:
             facts = {"corpus": manifest.fingerprint, "shards": manifest.folder, "model": model}
-            run.write_json(PLAN, {**asdict(self.plan), **facts})
+            run.write_json(PLAN, {**asdict(self.plan), **facts}, private=True)
         elif before["shards"] != manifest.folder or "model" not in before:  # an older version's
-            run.write_json(PLAN, {"model": model, **before, "shards": manifest.folder})
+            moved = {"model": model, **before, "shards": manifest.folder}
+            run.write_json(PLAN, moved, private=True)
 
     def _train(
         self, run: Storage, feeds: tuple[Feed, ...], phases: tuple[Phase, ...], switched: bool

@@ -5,6 +5,9 @@
     manifest.json              the shards that it began with
     driver.lock                who drives it now (hold.py)
 
+Settings are for this user and group alone: config.yaml, plan.json and the curves, which show the
+config, too. The rest is as the umask says: others may read how a run does, and its model.
+
 `open_run` checks all of that before anything starts. See "The run directory" in the README.
 """
 
@@ -77,7 +80,7 @@ def open_run(config: Config) -> Iterator[tuple[Storage, Hold]]:
     with hold(run) as held:
         check_same_run(run, config)
         if not run.exists(PLAN):
-            run.write(CONFIG, config.to_yaml())
+            run.write(CONFIG, config.to_yaml(), private=True)
         yield run, held
 
 

@@ -17,15 +17,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-from pipelines.errors import one_line
 from tst_ray.config import diff
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, hold
 from tst_ray.metrics import EVENTS
 from tst_ray.settings import Config
 from tst_ray.storage import Storage
+from tst_ray.yaml_text import read_yaml
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
 
@@ -54,17 +52,18 @@ def check_same_run(run: Storage, config: Config) -> None:
 
 def config_of(run: Storage) -> dict[str, Any]:
     """What a run's config.yaml says. Raises RunError where somebody damaged it."""
+    where = run.location(CONFIG)
     try:
-        read = yaml.safe_load(run.read(CONFIG))
+        read = read_yaml(run.read(CONFIG), where, as_people_mean_it=False)
     except FileNotFoundError:
-        wrong = "is gone"
-    except yaml.YAMLError as error:
-        wrong = f"is no YAML ({one_line(error)})"
+        wrong = f"{where}: is gone"
+    except ValueError as error:
+        wrong = str(error)
     else:
         if isinstance(read, dict):
             return read
-        wrong = "has no settings"
-    raise RunError(f"{run.location(CONFIG)}: {wrong}; restore it from a copy, or mend it")
+        wrong = f"{where}: has no settings"
+    raise RunError(f"{wrong}; restore it from a copy, or mend it")
 
 
 @contextlib.contextmanager

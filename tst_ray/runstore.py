@@ -89,7 +89,9 @@ def read_events(run: Storage) -> list[dict[str, Any]]:
 
 
 def run_key_file(run: Storage) -> str | None:
-    """The `checkpoint.key_file` that a run began with."""
+    """The `checkpoint.key_file` that a run began with; None where it has none, or is no run."""
+    if not run.exists(CONFIG):
+        return None
     checkpoint = config_of(run).get("checkpoint")
     path = checkpoint.get("key_file") if isinstance(checkpoint, dict) else None
     return path if isinstance(path, str) else None

@@ -247,9 +247,9 @@ class Storage:
                 f"{self.location(name)}: is no JSON ({error}); restore it from a copy"
             ) from error
 
-    def write_json(self, name: str, value: Any, private: bool = False) -> None:
-        """Replace a JSON file as a whole; see `write`."""
-        self.write(name, json.dumps(value, indent=2) + "\n", private)
+    def write_json(self, name: str, value: Any, **options: bool) -> None:
+        """Replace a JSON file as a whole; the options are those of `write`."""
+        self.write(name, json.dumps(value, indent=2) + "\n", **options)
 
     def read_lines(self, name: str, having: Collection[str] = ()) -> list[dict[str, Any]]:
         """The records of a .jsonl file, as `parse_record` takes them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,17 +20,27 @@ from pipelines.storage import listed, locate, os_errors, read_bytes, write_atomi
 FORMAT, VERSION = "token-shards", 1
 SPLITS = ("train", "validation")
 PREPARE_AGAIN = "run `tst-ray prepare` again, or restore the file from a copy"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as a source's name has it: no `..`, nothing hidden
+_SHARD_NAME = re.compile(f"{_NAME}(/{_NAME})*")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of tokens; `file` is relative to the prepared folder."""
+    """One Parquet file of tokens; `file` is relative to the prepared folder.
+
+    Raises DataError where `file` may lie outside of it: whoever can write a manifest would choose
+    what is opened.
+    """
 
     file: str
     tokens: int
     rows: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.file, str) and _SHARD_NAME.fullmatch(self.file)):
+            raise DataError(f"shard {self.file!r}: is no name of a file in the prepared folder")
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,8 @@ class Manifest:
         try:
             manifest = cls._from_json(folder, content)
             problem = manifest._miscounted()
+        except DataError as error:
+            raise DataError(f"{where}: {error}; {PREPARE_AGAIN}") from None
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: misses or misspells {error}; {PREPARE_AGAIN}") from None
         if problem is not None:

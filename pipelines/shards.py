@@ -45,6 +45,19 @@ from pipelines.storage import locate, os_errors, write_atomically
 MAX_SHARD_TOKENS = 2**25
 
 
+def _type_problem(schema: pa.Schema) -> str | None:
+    """What is wrong with the columns of a row; None if nothing is.
+
+    Looked at before a value is made of them: of some types, Ray's for objects among them, that runs
+    what is stored.
+    """
+    tokens, checksum = schema.types
+    is_tokens = pa.types.is_list(tokens) and pa.types.is_integer(tokens.value_type)
+    if is_tokens and pa.types.is_integer(checksum):
+        return None
+    return f"has columns of {tokens} and {checksum}, not tokens and a checksum"
+
+
 def _told(where: str, error: Exception) -> str:
     return f"{where} cannot be read ({one_line(error)}); {PREPARE_AGAIN}"
 
@@ -250,11 +263,15 @@ class TokenReader:
             columns = ["tokens", "crc32"]
             with os_errors():
                 table = parquet.read_row_group(row, columns=columns, use_threads=False)
+            if problem := _type_problem(table.schema):
+                raise DataError(f"{where}: {problem}; {PREPARE_AGAIN}")
             lists = table.column(0).combine_chunks()
             tokens = lists.values.to_numpy()
             checksum = table.column(1)[0].as_py()
         except OSError as error:
             raise self._unreadable(shard, where, error) from None
+        except DataError:
+            raise
         except (pa.ArrowException, KeyError, IndexError, AttributeError, ValueError) as error:
             raise DataError(_told(where, error)) from None
         expected = min(self.row_tokens, shard.tokens - row * self.row_tokens)

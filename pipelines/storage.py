@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.addresses import REMEDY, has_secret, masked
 from pipelines.errors import DataError, Unreadable, one_line
 
 
@@ -33,12 +34,13 @@ def below(folder: str, path: str) -> str:
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path inside it, for a local path or a URI.
 
-    Raises DataError where neither pyarrow nor an installed fsspec package knows the address, and
-    Unreadable where its storage does not answer: already opening may ask it, for a bucket's region.
+    Raises DataError where neither pyarrow nor an installed fsspec package knows the address, or a
+    secret stands in it, and Unreadable where its storage does not answer: already opening may ask
+    it, for a bucket's region.
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), absolute(path)
-    _refuse_what_would_be_dropped(path)
+    _refuse_what_may_not_be(path)
     try:
         with os_errors():
             return _opened(path)
@@ -48,11 +50,14 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
         raise Unreadable(f"{path}: cannot be reached ({one_line(error)}){hint}") from error
 
 
-def _refuse_what_would_be_dropped(path: str) -> None:
-    """Raises DataError for an address of which a part would not be looked at, and other text read.
+def _refuse_what_may_not_be(path: str) -> None:
+    """Raises DataError for an address with a secret in it, and for one of which a part would not be
+    looked at, and other text read.
 
     Arrow drops what follows `?` from the path of a local file; no server is sent what follows `#`.
     """
+    if has_secret(path):
+        raise DataError(f"{masked(path)}: {REMEDY}")
     if path.startswith("file:") and "?" in path:
         raise DataError(f"{path}: no '?' can be in such an address; name the path without file://")
     if path.startswith(("http:", "https:")) and "#" in path:

@@ -256,15 +256,24 @@ def _parquet_rows(
 
 
 def _undecoded(column: pa.Array) -> pa.Array:
-    """A column of strings as bytes: Arrow does not check them, and one bad row is not all."""
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
+    """A column of strings as bytes: Arrow does not check them, and one bad row is not all.
+
+    Of a type of somebody's own only what is stored is looked at, and of what is neither text nor
+    bytes nothing: to make a value of Ray's type for objects, known wherever Ray Data is, runs the
+    pickle that it is.
+    """
+    while isinstance(column, pa.ExtensionArray | pa.DictionaryArray):
+        is_own = isinstance(column, pa.ExtensionArray)
+        column = column.storage if is_own else column.dictionary_decode()
     strings = {
         pa.string(): pa.binary(),
         pa.large_string(): pa.large_binary(),
         pa.string_view(): pa.binary_view(),
     }
-    return column.cast(strings[column.type]) if column.type in strings else column
+    if column.type in strings:
+        return column.cast(strings[column.type])
+    is_bytes = column.type in strings.values() or pa.types.is_fixed_size_binary(column.type)
+    return column if is_bytes else pa.nulls(len(column))
 
 
 def _field_text(

@@ -246,10 +246,19 @@ def _finished_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
             raise Unreadable(f"{path}: cannot be read ({one_line(error)})") from error
         except ValueError:
             return None
-        return record if isinstance(record, dict) and record.get("key") == key else None
+        return record if isinstance(record, dict) and _is_record(record, key) else None
 
     with ThreadPoolExecutor(16) as pool:
         return {record["key"]: record for record in pool.map(read, found) if record}
+
+
+def _is_record(record: Record, key: str) -> bool:
+    """Whether a record is that of a key, with shards in the folder."""
+    try:
+        all_shards(record)
+    except (KeyError, TypeError, DataError):
+        return False
+    return record.get("key") == key
 
 
 def all_shards(record: Record) -> list[Shard]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tst_ray.checkpoint import MARKER, META, CheckpointInfo, folder_name, verify
+from tst_ray.checkpoint import CheckpointInfo, folder_name, step_of, verify
 from tst_ray.storage import Storage
 
 ROOT = Path(__file__).parent.parent
@@ -53,23 +53,21 @@ def sleeper() -> subprocess.Popen[bytes]:
 
 def save_checkpoint(run: Storage, step: int) -> Storage:
     """A committed checkpoint of two small files."""
-    import hashlib
+    import torch
 
-    folder = run / "checkpoints" / folder_name(step)
-    files = []
-    for name in ("__0_0.distcp", ".metadata"):
-        content = (name * 40).encode()
-        folder.write(name, content)
-        checksum = hashlib.sha256(content).hexdigest()
-        files.append({"name": name, "bytes": len(content), "sha256": checksum})
-    meta = json.dumps({"step": step, "files": files})
-    folder.write(META, meta)
-    folder.write(MARKER, hashlib.sha256(meta.encode()).hexdigest() + "\n")
-    return folder
+    from tst_ray.checkpointer import Checkpointer
+
+    saver = Checkpointer(
+        run / "checkpoints", keep=3, background=False, on_event=lambda kind, **details: None
+    )
+    saver.save(step, {"w": torch.zeros(20)}, {})
+    return run / "checkpoints" / folder_name(step)
 
 
 def problem(folder: Storage) -> str | None:
-    return verify(CheckpointInfo(0, folder, {}))
+    step = step_of(folder.url.rpartition("/")[2])
+    assert step is not None
+    return verify(CheckpointInfo(step, folder, {}))
 
 
 @contextlib.contextmanager

@@ -128,12 +128,12 @@ def test_a_checkpoint_that_is_pruned_while_it_is_looked_at_is_no_damage(
         if at == when and info.step == 3:
             remove(info.folder)
 
-    def meta(info: CheckpointInfo) -> CheckpointInfo:
+    def meta(info: CheckpointInfo, key: bytes | None) -> CheckpointInfo:
         read.append(info.step)
         prune(info, "before")
         return checkpoint.read_meta(info)
 
-    def verified(info: CheckpointInfo, contents: bool) -> str | None:
+    def verified(info: CheckpointInfo, contents: bool, key: bytes | None) -> str | None:
         prune(info, "while")
         problem = checkpoint.verify(info, contents=contents)
         prune(info, "after")

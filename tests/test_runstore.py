@@ -43,8 +43,8 @@ def test_another_config_is_refused_with_the_fields_and_nothing_changes(tmp_path:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"train: [1, 2", "is no YAML"),
-        (b"\xff", "is no YAML"),
+        (b"train: [1, 2", "not valid YAML"),
+        (b"\xff", "not valid YAML"),
         (b"", "has no settings"),
         (None, "is gone"),
     ],
@@ -57,7 +57,7 @@ def test_a_damaged_config_of_the_run_is_told_in_a_line(
     run.remove("config.yaml")
     if content is not None:
         run.write("config.yaml", content)
-    match = rf"config\.yaml: {told}[^\n]*; restore it from a copy, or mend it$"
+    match = rf"config\.yaml[^\n]*: {told}[^\n]*; restore it from a copy, or mend it$"
     with pytest.raises(RunError, match=match), open_run(make_config(tmp_path)):
         pass
 

@@ -295,6 +295,46 @@ def test_bad_manifests_are_told_in_one_line(prepared: tuple[Manifest, np.ndarray
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "../../../../etc/passwd",
+        "..",
+        "text/../../x.parquet",
+        "/etc/passwd",
+        "text//x.parquet",
+        "./x.parquet",
+        "",
+        "text\\x.parquet",
+        "C:x.parquet",
+        "s3://bucket/x.parquet",
+        "text/x\0.parquet",
+        "text/%2e%2e/x.parquet",
+        "text/x.parquet?version=1",
+        "text/x.parquet\n",
+        7,
+        None,
+    ],
+)
+def test_a_shard_outside_of_the_folder_is_refused_before_it_is_opened(
+    prepared: tuple[Manifest, np.ndarray], monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """Whoever can write a manifest would choose what is opened."""
+    manifest, _ = prepared
+    manifest.save()
+    path = Path(manifest.folder, "manifest.json")
+    content = json.loads(path.read_text())
+    content["sources"][0]["train"]["shards"][0]["file"] = name
+    path.write_text(json.dumps(content))
+    looked_at: list[str] = []
+    monkeypatch.setattr("pipelines.manifest.listed", lambda _, folder: looked_at.append(folder))
+    with pytest.raises(DataError, match="is no name of a file in the prepared folder") as refused:
+        verify_shards(Manifest.load(manifest.folder))
+    assert str(refused.value).startswith(f"{manifest.folder}/manifest.json: shard ")
+    assert "\n" not in str(refused.value)
+    assert not looked_at
+
+
+@pytest.mark.parametrize(
     ("split", "shard", "told"),
     [
         ({"tokens": 300}, {}, "text: has 333 train tokens in its shards, not 300"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,32 @@ def test_the_home_of_nobody_is_told_in_a_line(capsys: pytest.CaptureFixture[str]
         Storage("~nosuch/x")
     assert main(["run", "--run.storage=~nosuch/x", "--cluster.backend=inline"]) == 1
     assert capsys.readouterr().err.startswith("tst-ray: ~nosuch/x: cannot be opened")
+
+
+@pytest.mark.parametrize(
+    ("umask", "modes"),
+    [
+        (0o022, ["0o644", "0o640", "0o755", "0o750"]),
+        (0o002, ["0o664", "0o660", "0o775", "0o770"]),
+        (0o077, ["0o600", "0o600", "0o700", "0o700"]),
+    ],
+)
+def test_what_is_private_is_for_the_user_and_the_group(
+    tmp_path: Path, umask: int, modes: list[str]
+) -> None:
+    storage, before = Storage(str(tmp_path / "run")), os.umask(umask)
+    try:
+        storage.write("open", b"")
+        storage.write("private", b"")
+        storage.write("private", b"again", private=True)
+        (storage / "open-folder").make()
+        (storage / "private-folder").make(private=True)
+        (storage / "private-folder").make(private=True)
+    finally:
+        os.umask(before)
+    names = ("open", "private", "open-folder", "private-folder")
+    assert [oct(os.stat(storage.at(name)).st_mode & 0o777) for name in names] == modes
+    assert storage.read("private") == b"again"
 
 
 def test_write_replaces_and_append_adds(storage: Storage) -> None:

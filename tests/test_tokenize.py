@@ -358,6 +358,24 @@ def test_records_that_are_not_wanted_are_not_read(
     assert len(left) > 5 and len(every - left) >= 2
 
 
+@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", None])
+def test_a_record_of_files_outside_of_the_folder_is_not_finished_work(
+    sources: list[SourceSpec], folder: str, tokenized: list[str], name: str | None
+) -> None:
+    """It is made again, and nothing outside is looked at."""
+    first = prepared(sources, folder)
+    Path(folder, "manifest.json").unlink()
+    path = min(Path(folder, "units").iterdir())
+    record = json.loads(path.read_text())
+    (shard, *_), whole = record["train"] or record["validation"], path.read_bytes()
+    shard["file"] = name
+    path.write_text(json.dumps(record))
+    tokenized.clear()
+    assert prepared(sources, folder) == first
+    assert len(tokenized) == 1
+    assert path.read_bytes() == whole
+
+
 def test_two_who_prepare_one_folder_at_a_time_leave_each_other_be(
     sources: list[SourceSpec],
     folder: str,

@@ -3,11 +3,13 @@
     checkpoints/step-00001200/
         __0_0.distcp …  .metadata    written by torch.distributed.checkpoint, each rank its own
         meta.json                    step, world size, and every file's size and SHA-256
-        COMMITTED                    the SHA-256 of meta.json; written last, by rank 0
+        COMMITTED                    the SHA-256 of meta.json, and its signature if there is a key;
+                                     written last, by rank 0
         DAMAGED                      only where a file was once found altered or missing
 
 A checkpoint without COMMITTED does not exist. One whose files do not match meta.json is damaged:
-`find_good` says so and takes the one before. One that storage does not let be read is not damaged
+`find_good` says so and takes the one before; so is one that asks for code to be run, or that the
+run's key (`checkpoint.key_file`) did not sign. One that storage does not let be read is not damaged
 for that: it is tried again, then passed by without a mark. DCP stores whole tensors by name and
 piece, so a checkpoint of any world size loads at any other.
 
@@ -25,13 +27,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.errors import one_line
+from tst_ray.dcp_metadata import METADATA
+from tst_ray.dcp_metadata import problem as metadata_problem
 from tst_ray.errors import RunError
+from tst_ray.signing import signature, signature_problem
 from tst_ray.storage import Storage, patiently
 from tst_ray.timeouts import STORAGE_S
 
 log = logging.getLogger(__name__)
 
 MARKER, META, DAMAGED = "COMMITTED", "meta.json", "DAMAGED"
+_PLAIN_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _PATIENCE_S = STORAGE_S  # with the first checkpoint in storage that cannot be read, …
 _SHORT_PATIENCE_S = 15.0  # … and with others, and with copies in memory
@@ -85,20 +91,53 @@ def newest_step(run: Storage) -> int:
     return found[0].step if found else 0
 
 
-def read_meta(info: CheckpointInfo) -> CheckpointInfo:
+def marker(content: bytes, key: bytes | None) -> str:
+    """What COMMITTED says of a meta.json: its checksum and, if there is a key, its signature."""
+    lines = [hashlib.sha256(content).hexdigest()]
+    if key is not None:
+        lines.append(signature(key, content))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def read_meta(info: CheckpointInfo, key: bytes | None = None) -> CheckpointInfo:
     """The checkpoint with its meta.json, which must be the one its marker committed.
+
+    Args:
+        key: that must have signed it; None asks for no signature.
 
     Raises:
         ValueError: saying what is damaged.
     """
     try:
         content = info.folder.read(META)
-        expected = info.folder.read(MARKER).decode().strip()
+        expected, *signed = info.folder.read(MARKER).decode().splitlines() or [""]
     except FileNotFoundError as error:
         raise ValueError(f"{META} is missing") from error
-    if hashlib.sha256(content).hexdigest() != expected:
+    if hashlib.sha256(content).hexdigest() != expected.strip():
         raise ValueError(f"{META} is not the one that was committed")
-    return CheckpointInfo(info.step, info.folder, json.loads(content))
+    if key is not None and (problem := signature_problem(key, content, "".join(signed))):
+        raise ValueError(problem)
+    meta = json.loads(content)
+    if problem := _meta_problem(meta, info.step):
+        raise ValueError(f"{META} {problem}")
+    return CheckpointInfo(info.step, info.folder, meta)
+
+
+def _meta_problem(meta: Any, step: int) -> str | None:
+    """What is wrong with what a meta.json says; None if nothing is."""
+    try:
+        kinds = (("name", str), ("bytes", int), ("sha256", str))
+        if not all(isinstance(entry[k], kind) for entry in meta["files"] for k, kind in kinds):
+            return "has files without a name, a size or a checksum"
+        if meta["step"] != step:
+            return f"is that of step {meta['step']}"
+        names = [entry["name"] for entry in meta["files"]]
+    except (KeyError, TypeError) as error:
+        return f"misses or misspells {error}"
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name):
+            return f"names {name!r}, which is no file of a checkpoint"
+    return None if METADATA in names else f"lists no {METADATA}"
 
 
 def verify_file(folder: Storage, entry: dict[str, Any], contents: bool = True) -> str | None:
@@ -122,20 +161,28 @@ def verify_file(folder: Storage, entry: dict[str, Any], contents: bool = True) -
 
 
 def verify(
-    info: CheckpointInfo, rank: int = 0, world_size: int = 1, contents: bool = True
+    info: CheckpointInfo,
+    rank: int = 0,
+    world_size: int = 1,
+    contents: bool = True,
+    key: bytes | None = None,
 ) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files; None where nothing is.
 
     Args:
         info: with its meta.json, or without: then it is read.
+        key: that must have signed it; None asks for no signature.
 
     Raises:
         OSError: storage does not let it be read, so that nobody knows.
     """
     try:
-        meta = info.meta or read_meta(info).meta
+        meta = info.meta or read_meta(info, key).meta
+        names = {entry["name"] for entry in meta["files"]}
         for entry in meta["files"][rank::world_size]:
             problem = verify_file(info.folder, entry, contents)
+            if problem is None and contents and entry["name"] == METADATA:
+                problem = metadata_problem(info.folder.read(METADATA), names)
             if problem:
                 return problem
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -151,9 +198,11 @@ class _Verdict:
     is_known: bool = True  # else storage did not let it be read
 
 
-def _judge(info: CheckpointInfo, rank: int, world_size: int, patience_s: float) -> _Verdict:
+def _judge(info: CheckpointInfo, ranks: Ranks, patience_s: float, key: bytes | None) -> _Verdict:
     try:
-        return _Verdict(patiently(lambda: verify(info, rank, world_size), patience_s))
+        return _Verdict(
+            patiently(lambda: verify(info, ranks.rank, ranks.size, key=key), patience_s)
+        )
     except Exception as error:  # whatever it is, the other ranks must hear of it
         return _Verdict(one_line(error), is_known=False)
 
@@ -188,6 +237,7 @@ def find_good(
     on_event: OnEvent,
     ranks: Ranks | None = None,
     patience_s: float | None = None,
+    key: bytes | None = None,
 ) -> CheckpointInfo | None:
     """The newest checkpoint that verifies; None where none was ever committed to the last folder.
 
@@ -201,6 +251,7 @@ def find_good(
         ranks: who verifies; this process alone unless given.
         patience_s: how long the first one in storage that cannot be read is tried; as long as a run
             waits for storage, unless given.
+        key: that must have signed it; None asks for no signature.
 
     Raises:
         RunError: there are committed checkpoints in storage, and all are damaged.
@@ -211,19 +262,21 @@ def find_good(
     candidates: list[CheckpointInfo]
     candidates, stored = ranks.gather(_listed(roots) if ranks.rank == 0 else None)[0]
     unread: str | None = None
+    problems: list[str] = []
     for info in candidates:
         is_stored = info.folder.url.startswith(f"{roots[-1].url}/")
         long_s = _PATIENCE_S if patience_s is None else patience_s
         tries_s = long_s if is_stored and unread is None else _SHORT_PATIENCE_S
-        verdicts = ranks.gather(_judge(info, ranks.rank, ranks.size, tries_s))
+        verdicts = ranks.gather(_judge(info, ranks, tries_s, key))
         bad = [verdict for verdict in verdicts if verdict.problem is not None]
         if not bad:
             if ranks.rank == 0:
                 _mark(info.folder, None)
-            return read_meta(info)
+            return read_meta(info, key)
         # What one rank knows to be damaged is so, whatever another could not read.
         worst = max(bad, key=lambda verdict: verdict.is_known)
         what = "is damaged" if worst.is_known else "cannot be read"
+        problems.append(f"step {info.step}: {worst.problem}")
         log.warning("%s %s (%s); trying the one before", info.folder.url, what, worst.problem)
         if not worst.is_known and is_stored:
             unread = worst.problem
@@ -234,8 +287,8 @@ def find_good(
     if stored:
         raise RunError(
             f"all {stored} checkpoints under {roots[-1].url} are damaged, {candidates[0].step} "
-            "steps would be lost; restore one from a copy, or start a new run with another "
-            "run.name"
+            f"steps would be lost ({problems[0]}); restore one from a copy, or start a new run "
+            "with another run.name"
         )
     return None
 

@@ -7,7 +7,6 @@ commits over a process group of its own, so its collectives never meet the loop'
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -27,6 +26,7 @@ from tst_ray.checkpoint import (
     Ranks,
     committed,
     folder_name,
+    marker,
     remove,
     step_of,
     verify_file,
@@ -34,6 +34,8 @@ from tst_ray.checkpoint import (
 from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
+
+FORMAT = 2  # 1: the files held the optimizer's settings as well, pickled
 
 
 class Checkpointer:
@@ -45,6 +47,7 @@ class Checkpointer:
         background: stage, then write while training goes on; otherwise write before returning.
         on_event: told of "checkpoint", "checkpoint_failed" (rank 0 only).
         is_current: whether this attempt is still the run's; another's checkpoints are not touched.
+        key: signs them; None leaves them unsigned.
 
     Attributes:
         failed_saves: how many in a row failed; rank 0's counts.
@@ -59,11 +62,12 @@ class Checkpointer:
         background: bool,
         on_event: OnEvent,
         is_current: Callable[[], bool] = lambda: True,
+        key: bytes | None = None,
     ) -> None:
         self.root, self.keep, self.background = root, keep, background
         self._ranks = Ranks()  # the checkpoint thread's own
         self._on_event = on_event if self._ranks.rank == 0 else (lambda kind, **details: None)
-        self._is_current = is_current
+        self._is_current, self._key = is_current, key
         self._stager = sharded.Stager()
         self._thread: threading.Thread | None = None
         self.failed_saves = 0
@@ -95,8 +99,8 @@ class Checkpointer:
         A failure is an event and a warning, not an exception: training goes on.
 
         Args:
-            state: tensors, DTensors and plain values by name; may change once this returns.
-            meta: what meta.json says besides step, world size and files.
+            state: tensors and DTensors by name; may change once this returns.
+            meta: what meta.json says besides step, world size and files; plain values.
             first: done before it is written, in its thread; where it raises, all ranks fail.
             prune: whether older checkpoints may go once this one is committed.
         """
@@ -199,7 +203,13 @@ class Checkpointer:
     ) -> int:
         files = [entry for entries in gathered for entry in entries]
         content = json.dumps(
-            {"format": 1, "step": step, "world_size": self._ranks.size, **meta, "files": files},
+            {
+                "format": FORMAT,
+                "step": step,
+                "world_size": self._ranks.size,
+                **meta,
+                "files": files,
+            },
             indent=2,
         )
         for entry in files if self.root.is_local else ():
@@ -210,7 +220,7 @@ class Checkpointer:
         folder.write(META, content)
         if not self._is_current():
             raise OSError("another attempt of this run has taken over")
-        folder.write(MARKER, hashlib.sha256(content.encode()).hexdigest() + "\n")
+        folder.write(MARKER, marker(content.encode(), self._key))
         return sum(entry["bytes"] for entry in files)
 
     def _prune(self, newest: int) -> None:

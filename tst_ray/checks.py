@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tst_ray.settings import RESERVED_NAMES, Config, PhaseConfig, TstConfig, shipped_models
+from tst_ray.signing import key_problem
 
 SettingPath = tuple[int | str, ...]
 """Where a setting is: keys of mappings and places in lists."""
@@ -42,6 +43,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _phase_problems(config)
     yield from _schedule_problems(config)
     yield from _cluster_problems(config)
+    yield from _checkpoint_problems(config)
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
@@ -197,3 +199,13 @@ def _cluster_problems(config: Config) -> Iterator[Problem]:
             ("cluster", "gpus_per_worker"),
             "a worker trains on one GPU of its own, or on CPU; set 1 or 0",
         )
+
+
+def _checkpoint_problems(config: Config) -> Iterator[Problem]:
+    path, where = config.checkpoint.key_file, ("checkpoint", "key_file")
+    if path is None:
+        return
+    if not path.startswith(("/", "~")):
+        yield Problem(where, "every node reads it, in a folder of its own; give the full path")
+    elif problem := key_problem(path):
+        yield Problem(where, problem)

@@ -16,12 +16,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.addresses import masked
 from pipelines.errors import DataError
 from tst_ray.bench import BENCHES
 from tst_ray.errors import UserError
 
 if TYPE_CHECKING:
     from tst_ray.settings import Config
+    from tst_ray.storage import Storage
 
 _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train.steps=2000"
 
@@ -58,10 +60,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Pre-train language models with Token Superposition on Ray.",
         allow_abbrev=False,
     )
-    of_config, of_run, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    of_config, of_run, as_json, of_key = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     of_config.add_argument("--config", metavar="FILE", help="a YAML file, or a shipped config")
     of_run.add_argument("run", metavar="RUN", help="the run directory")
     as_json.add_argument("--json", action="store_true", help="print JSON")
+    what = "the key that signed its checkpoints (default: the run's checkpoint.key_file)"
+    of_key.add_argument("--key-file", metavar="FILE", help=what)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -84,9 +88,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     command("plan", _plan, what, of_config, as_json)
     command("status", _status, "where a run stands", of_run, as_json)
     what = "list a run's checkpoints, and verify them"
-    checkpoints = command("checkpoints", _checkpoints, what, of_run, as_json)
+    checkpoints = command("checkpoints", _checkpoints, what, of_run, as_json, of_key)
     checkpoints.add_argument("--verify", action="store_true", help="read every file of each")
-    export = command("export", _export, "write a run's model folder", of_run)
+    export = command("export", _export, "write a run's model folder", of_run, of_key)
     export.add_argument("--to", metavar="FOLDER", help="where to (default: RUN/model)")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     bench = command("bench", _bench, "measure what a run costs on this machine", as_json)
@@ -97,7 +101,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     wrong = [arg for arg in rest if not (args.takes_overrides and arg.startswith("--"))]
     if wrong:
         hint = "; write --section.field=value" if args.takes_overrides else ""
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
+        parser.error(f"unrecognized arguments: {masked(' '.join(wrong))}{hint}")
     args.overrides = rest
     return args
 
@@ -193,7 +197,7 @@ def _checkpoints(args: argparse.Namespace) -> None:
     run = Storage(args.run)
     if not run.exists("config.yaml"):
         raise RunError(f"{run.url}: not a run directory (no config.yaml in it)")
-    facts = checkpoint_facts(run, verify_all=args.verify)
+    facts = checkpoint_facts(run, verify_all=args.verify, key=_key(args, run))
     _show(args, facts, print_checkpoints)
     if facts and not any(entry["state"] == "committed" for entry in facts):
         raise RunError(f"{run.url}: none of its {len(facts)} checkpoints is good")
@@ -203,7 +207,16 @@ def _export(args: argparse.Namespace) -> None:
     from tst_ray.export import export_run
     from tst_ray.storage import Storage
 
-    print(export_run(Storage(args.run), args.to, args.step)[1])
+    run = Storage(args.run)
+    print(export_run(run, args.to, args.step, _key(args, run))[1])
+
+
+def _key(args: argparse.Namespace, run: Storage) -> bytes | None:
+    """The key that must have signed a run's checkpoints; None asks for no signature."""
+    from tst_ray.runstore import run_key_file
+    from tst_ray.signing import read_key
+
+    return read_key(args.key_file or run_key_file(run))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -221,7 +234,7 @@ def _settings(args: argparse.Namespace) -> None:
 def _tell(text: str) -> None:
     """Print a line on standard error; where that is gone, nobody is told, and the work goes on."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        print(masked(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,18 @@ import difflib
 import fnmatch
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipelines.addresses import REMEDY, masked
 from tst_ray.checks import Problem, SettingPath, dotted, problems
 from tst_ray.errors import ConfigError
 from tst_ray.settings import SHIPPED, Config, PhaseConfig, SourceConfig, spell_out_model
+from tst_ray.yaml_text import read_yaml
 
 MAY_CHANGE = (
     "run.storage",  # the run directory may have been moved
@@ -88,7 +88,8 @@ def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config
     Raises:
         ConfigError: with everything that is wrong, a line each.
     """
-    lines = list(failures)
+    lines = [masked(line) for line in failures]
+    raw = _masked(raw, lines)  # so that no other line shows a secret
     try:
         config = Config.model_validate(raw)
         lines += [_line(problem, config.dump()) for problem in problems(config)]
@@ -101,6 +102,18 @@ def parse_config(raw: Mapping[str, Any], failures: Sequence[str] = ()) -> Config
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return config
+
+
+def _masked(value: Any, lines: list[str], path: SettingPath = ()) -> Any:
+    """Settings in which no address has a secret; `lines` gets a line for each that had one."""
+    if isinstance(value, Mapping):
+        return {key: _masked(below, lines, (*path, key)) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_masked(item, lines, (*path, n)) for n, item in enumerate(value))
+    if not isinstance(value, str) or (shown := masked(value)) == value:
+        return value
+    lines.append(f"{dotted(path)} = {_show(shown)}: {REMEDY}")
+    return shown
 
 
 def diff(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -132,38 +145,11 @@ def shipped_configs() -> tuple[str, ...]:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 2e-3 is a number, a date is text, a key said twice is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, match) for tag, match in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
 def _read_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        return read_yaml(text, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -334,7 +320,7 @@ def _line(problem: Problem, dump: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = masked(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

@@ -295,7 +295,8 @@ class Coordinator:
             self.say("writing the model folder")
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
-            export = self._begin(backend, export_model, run.url, memory=memory)
+            key_file = self.config.checkpoint.key_file
+            export = self._begin(backend, export_model, run.url, key_file, memory=memory)
             step, samples = self._result(run, export, "closing")
             self._charge(run, "closing")
             if step == self.plan.total_steps:
@@ -334,9 +335,10 @@ class Coordinator:
                 "shards": manifest.folder,
                 "model": model,
             }
-            run.write_json(PLAN, {**asdict(self.plan), **facts})
+            run.write_json(PLAN, {**asdict(self.plan), **facts}, private=True)
         elif before["shards"] != manifest.folder or "model" not in before:  # an older version's
-            run.write_json(PLAN, {"model": model, **before, "shards": manifest.folder})
+            moved = {"model": model, **before, "shards": manifest.folder}
+            run.write_json(PLAN, moved, private=True)
 
     def _train(
         self, run: Storage, feeds: tuple[Feed, ...], phases: tuple[Phase, ...], switched: bool

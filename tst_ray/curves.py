@@ -83,6 +83,8 @@ class Curves:
         _wait_for_a_later_name(self._folder)
         if not self._folder.is_local and self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="tst_ray-curves-"))
+        if self._scratch is None:
+            self._folder.make(private=True)  # they show the config, too
         folder = str(self._scratch or self._folder.path)
         self._board = SummaryWriter(folder, purge_step=self._purge_step)
         return self._board

@@ -16,11 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tst_ray.checkpoint import CheckpointInfo, find_good
 from tst_ray.errors import RunError
 from tst_ray.metrics import add_event
+from tst_ray.runstore import config_of
 from tst_ray.settings import ModelConfig
 from tst_ray.storage import Storage
 
@@ -29,13 +28,19 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _MAX_SAMPLED_BYTES = 4 << 30
 
 
-def export_run(run: Storage, folder: str | None = None, step: int | None = None) -> tuple[int, str]:
+def export_run(
+    run: Storage,
+    folder: str | None = None,
+    step: int | None = None,
+    key: bytes | None = None,
+) -> tuple[int, str]:
     """Write the model of a run as a Hugging Face folder.
 
     Args:
         run: the run directory.
         folder: where to; None writes to `model` in the run directory.
         step: which checkpoint; None takes the newest that verifies.
+        key: that must have signed it; None asks for no signature.
 
     Returns:
         the checkpoint's step, and the folder.
@@ -55,7 +60,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     transformers_logging.disable_progress_bar()
     section, plan = _read_run(run)
-    info = _pick(run, step)
+    info = _pick(run, step, key)
     manifest = Manifest.load(plan["shards"], run.location("manifest.json"))
     tokenizer = check_tokenizer(manifest)
     made = hf_config(
@@ -123,17 +128,16 @@ def _read_run(run: Storage) -> tuple[ModelConfig, dict[str, Any]]:
     plan = run.read_json("plan.json")
     if not run.exists("config.yaml") or plan is None:
         raise RunError(f"{run.url}: not a run directory (no config.yaml and plan.json in it)")
-    config = yaml.safe_load(run.read("config.yaml"))
     # No more than is needed: an older version's run may have settings that are no more.
-    return ModelConfig.model_validate(config["model"]), plan
+    return ModelConfig.model_validate(config_of(run)["model"]), plan
 
 
-def _pick(run: Storage, step: int | None) -> CheckpointInfo:
+def _pick(run: Storage, step: int | None, key: bytes | None) -> CheckpointInfo:
     from tst_ray.checkpoint import committed, verify
 
     root = run / "checkpoints"
     if step is None:
-        info = find_good([root], lambda kind, **details: add_event(run, kind, **details))
+        info = find_good([root], lambda kind, **details: add_event(run, kind, **details), key=key)
         if info is None:
             raise RunError(f"{run.url}: has no checkpoint yet; nothing to export")
         return info
@@ -141,7 +145,7 @@ def _pick(run: Storage, step: int | None) -> CheckpointInfo:
     if not found:
         steps = ", ".join(str(info.step) for info in committed(root)) or "none"
         raise RunError(f"{run.url}: has no checkpoint of step {step}; it has {steps}")
-    problem = verify(found[0])
+    problem = verify(found[0], key=key)
     if problem:
         raise RunError(f"{found[0].folder.url}: is damaged ({problem})")
     return found[0]

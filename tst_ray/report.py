@@ -118,12 +118,15 @@ def account_lines(time_s: dict[str, float]) -> list[str]:
     return lines
 
 
-def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, Any]]:
+def checkpoint_facts(
+    run: Storage, verify_all: bool = False, key: bytes | None = None
+) -> list[dict[str, Any]]:
     """Every checkpoint in a run directory, newest first.
 
     Args:
         verify_all: whether to read all files of all of them; else only the sizes are looked at, and
             the files of the newest where that is quick.
+        key: that must have signed them; None asks for no signature.
 
     Returns:
         step, state (committed, damaged, unreadable, uncommitted), checked (checksums or sizes),
@@ -133,23 +136,25 @@ def checkpoint_facts(run: Storage, verify_all: bool = False) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     for name in reversed(root.names()):
         if (step := step_of(name)) is not None:
-            facts = _facts_of(CheckpointInfo(step, root / name, {}), verify_all, not found)
+            facts = _facts_of(CheckpointInfo(step, root / name, {}), verify_all, not found, key)
             found += [facts] if facts else []
     return found
 
 
-def _facts_of(info: CheckpointInfo, verify_all: bool, is_newest: bool) -> dict[str, Any] | None:
+def _facts_of(
+    info: CheckpointInfo, verify_all: bool, is_newest: bool, key: bytes | None
+) -> dict[str, Any] | None:
     """What is found of one; None where it has gone meanwhile: a run prunes while it trains."""
     facts: dict[str, Any] = {"step": info.step, "state": "uncommitted", "checked": None}
     if not info.folder.exists(MARKER):
         return facts if info.folder.exists() else None
     with contextlib.suppress(ValueError, OSError):  # to be told by `verify`
-        info = read_meta(info)
+        info = read_meta(info, key)
     num_bytes = sum(entry["bytes"] for entry in info.meta.get("files", ()))
     contents = verify_all or (is_newest and num_bytes <= _QUICK_BYTES)
     facts["checked"] = "checksums" if contents else "sizes"
     try:
-        problem = verify(info, contents=contents)
+        problem = verify(info, contents=contents, key=key)
         facts["state"] = "damaged" if problem else "committed"
     except OSError as error:
         problem, facts["state"] = one_line(error), "unreadable"

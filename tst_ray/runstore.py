@@ -5,6 +5,9 @@
     manifest.json              the shards that it began with
     driver.lock                who drives it now (hold.py)
 
+Settings are for this user and group alone: config.yaml, plan.json and the curves, which show the
+config, too. The rest is as the umask says: others may read how a run does, and its model.
+
 `open_run` checks all of that before anything starts. See "The run directory" in the README.
 """
 
@@ -14,9 +17,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-from pipelines.errors import one_line
 from pipelines.order import ORDER_VERSION
 from tst_ray.config import diff
 from tst_ray.errors import ConfigError, RunError
@@ -25,6 +25,7 @@ from tst_ray.journal import read_state
 from tst_ray.metrics import EVENTS
 from tst_ray.settings import Config
 from tst_ray.storage import Storage
+from tst_ray.yaml_text import read_yaml
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
 
@@ -43,7 +44,7 @@ def check_same_run(run: Storage, config: Config) -> None:
     """
     if not run.exists(PLAN):
         return  # nothing was trained under another config yet
-    lines = diff(_config_of(run), config.dump())
+    lines = diff(config_of(run), config.dump())
     if lines:
         raise ConfigError(
             f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
@@ -65,19 +66,20 @@ def _order_problem(run: Storage) -> str | None:
     )
 
 
-def _config_of(run: Storage) -> dict[str, Any]:
+def config_of(run: Storage) -> dict[str, Any]:
     """What a run's config.yaml says. Raises RunError where somebody damaged it."""
+    where = run.location(CONFIG)
     try:
-        read = yaml.safe_load(run.read(CONFIG))
+        read = read_yaml(run.read(CONFIG), where, as_people_mean_it=False)
     except FileNotFoundError:
-        wrong = "is gone"
-    except yaml.YAMLError as error:
-        wrong = f"is no YAML ({one_line(error)})"
+        wrong = f"{where}: is gone"
+    except ValueError as error:
+        wrong = str(error)
     else:
         if isinstance(read, dict):
             return read
-        wrong = "has no settings"
-    raise RunError(f"{run.location(CONFIG)}: {wrong}; restore it from a copy, or mend it")
+        wrong = f"{where}: has no settings"
+    raise RunError(f"{wrong}; restore it from a copy, or mend it")
 
 
 @contextlib.contextmanager
@@ -93,13 +95,22 @@ def open_run(config: Config) -> Iterator[tuple[Storage, Hold]]:
     with hold(run) as held:
         check_same_run(run, config)
         if not run.exists(PLAN):
-            run.write(CONFIG, config.to_yaml())
+            run.write(CONFIG, config.to_yaml(), private=True)
         yield run, held
 
 
 def read_events(run: Storage) -> list[dict[str, Any]]:
     """All events, oldest first."""
     return run.read_lines(EVENTS)
+
+
+def run_key_file(run: Storage) -> str | None:
+    """The `checkpoint.key_file` that a run began with; None where it has none, or is no run."""
+    if not run.exists(CONFIG):
+        return None
+    checkpoint = config_of(run).get("checkpoint")
+    path = checkpoint.get("key_file") if isinstance(checkpoint, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def kept_model(run: Storage) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from tst_ray.estimates import MEMORY_KEEP
 from tst_ray.guard import Guard
 from tst_ray.job import Job
 from tst_ray.journal import Journal
+from tst_ray.signing import read_key
 from tst_ray.storage import Storage, pauses
 from tst_ray.timeouts import COMMIT, STORAGE_S
 from tst_ray.watchdog import Unwatched
@@ -31,7 +32,10 @@ class Saving:
 
     Args:
         job, ranks, journal, watchdog, guard: the worker's.
-        state: gives what to save, tensors and plain values by name; live.
+        state: gives what to save, tensors by name; live.
+
+    Raises:
+        RunError: the key of `checkpoint.key_file` cannot be read on this node.
 
     Attributes:
         storage: saves to the run directory.
@@ -51,6 +55,7 @@ class Saving:
         self._job, self._ranks, self._journal, self._watchdog = job, ranks, journal, watchdog
         self._guard, self._state = guard, state
         self._settings = job.config.checkpoint
+        self._key = read_key(self._settings.key_file)
         self.wanted = False
         self._saved_at = time.monotonic()  # to storage; or where it was loaded, for the first
         self._reserved = False
@@ -72,6 +77,7 @@ class Saving:
             background=self._settings.async_,
             on_event=on_event,
             is_current=self._journal.is_current,
+            key=self._key,
         )
 
     def _memory_event(self, kind: str, **details: Any) -> None:
@@ -91,7 +97,7 @@ class Saving:
         roots = [saver.root for saver in self._savers()]
         # Well before the watchdog takes a start for a hang.
         patience_s = min(STORAGE_S, self._job.config.fault.start_s / 2)
-        return find_good(roots, self._journal.event, self._ranks, patience_s)
+        return find_good(roots, self._journal.event, self._ranks, patience_s, self._key)
 
     def is_in_memory(self, info: CheckpointInfo) -> bool:
         """Whether a checkpoint is one of those in memory."""

@@ -354,6 +354,8 @@ class CheckpointConfig(_Section):
     """whether training goes on while a checkpoint is written"""
     memory_every: Count | None = 100
     """steps between checkpoints kept in the memory of two nodes, for fast restarts; null: none"""
+    key_file: str | None = None
+    """full path, on every node, of a file with a secret key that signs checkpoints; null: none"""
 
 
 class MetricsConfig(_Section):

@@ -4,7 +4,9 @@
     write      the copy into files, whose sizes and SHA-256 are known when it returns
     read       files into tensors, resharded to how these are laid out
 
-What makes a set of such files a checkpoint is decided in `checkpoint.py`.
+Files hold tensors alone. DCP would keep any other value as a pickle, and reading a pickle runs
+whatever it says; plain values are in meta.json. What makes a set of such files a checkpoint is
+decided in `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.serialization import set_crc32_options
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from tst_ray import dcp_metadata
 from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -130,7 +135,7 @@ def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
     """Write this rank's files into a local folder; collective. They have reached the disk.
 
     Args:
-        staged: tensors, DTensors and plain values by name; must not change meanwhile.
+        staged: tensors and DTensors by name; must not change meanwhile.
         folder: there already, and empty.
         group: the ranks that save together; None for this process alone, or the default group.
 
@@ -139,7 +144,10 @@ def write(staged: Any, folder: Path, group: Any = None) -> list[dict[str, Any]]:
 
     Raises:
         OSError: on every rank, where any could not.
+        TypeError: another value is among them.
     """
+    if others := {type(v).__name__ for v in tree_leaves(staged) if not _is_tensor(v)}:
+        raise TypeError(f"a checkpoint's files hold tensors alone, not {', '.join(others)}")
     files = _HashedFiles()
     writer = dcp.FileSystemWriter(
         folder,
@@ -176,6 +184,10 @@ def _without_crc32() -> Iterator[None]:
             set_crc32_options(not _writing)
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 def read(folder: Storage, state: dict[str, Any], group: Any = None) -> None:
     """Load files into `state`, tensors in place and laid out as they are here; collective.
 
@@ -183,7 +195,9 @@ def read(folder: Storage, state: dict[str, Any], group: Any = None) -> None:
         OSError: on every rank, where any could not.
     """
     with _ordinary_errors():
-        dcp.load(state, storage_reader=_reader(folder), process_group=group)
+        dcp.load(
+            state, storage_reader=_reader(folder), planner=_TensorPlanner(), process_group=group
+        )
 
 
 def read_full(folder: Storage, state: dict[str, Any]) -> None:
@@ -193,7 +207,49 @@ def read_full(folder: Storage, state: dict[str, Any]) -> None:
         OSError: a file could not be read.
     """
     with _ordinary_errors():
-        dcp.load(state, storage_reader=_reader(folder), no_dist=True)
+        dcp.load(state, storage_reader=_reader(folder), planner=_TensorPlanner(), no_dist=True)
+
+
+class _TensorPlanner(dcp.DefaultLoadPlanner):
+    """Loads tensors alone; DCP's own planner unpickles every other entry, whatever it does."""
+
+    def create_local_plan(self) -> Any:
+        """What this rank reads. Raises ValueError if it is to be no tensor."""
+        known = self.metadata.state_dict_metadata if self.metadata else {}
+        for name in self.state_dict:
+            if not isinstance(known.get(name), TensorStorageMetadata):
+                raise ValueError(f"the checkpoint has no tensor {name}")
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """Refuse an entry that is no tensor."""
+        raise ValueError(f"{read_item.dest_index.fqn} is no tensor in the checkpoint")
+
+
+class _SafeMetadata:
+    """A reader whose `.metadata` cannot run code."""
+
+    fs: Any
+    path: Any
+    load_id: Any
+
+    def read_metadata(self) -> Any:
+        """The checkpoint's metadata. Raises ValueError if it is damaged or not to be trusted."""
+        where = self.fs.concat_path(self.path, dcp_metadata.METADATA)
+        with self.fs.create_stream(where, "rb") as stream:
+            metadata = dcp_metadata.load(stream.read())
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _LocalReader(_SafeMetadata, dcp.FileSystemReader):  # type: ignore[misc]
+    """Reads a local folder."""
+
+
+class _RemoteReader(_SafeMetadata, FsspecReader):  # type: ignore[misc]
+    """Reads a folder of any filesystem that fsspec knows."""
 
 
 def num_bytes(state: Any) -> int:
@@ -322,8 +378,4 @@ def _ordinary_errors() -> Iterator[None]:
 
 
 def _reader(folder: Storage) -> Any:
-    if folder.is_local:
-        return dcp.FileSystemReader(folder.path)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    return FsspecReader(folder.url)
+    return _LocalReader(folder.path) if folder.is_local else _RemoteReader(folder.url)

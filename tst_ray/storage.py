@@ -30,9 +30,10 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from pipelines.addresses import REMEDY, has_secret, masked
 from pipelines.errors import one_line
 from pipelines.storage import absolute
-from tst_ray.errors import RunError, UserError
+from tst_ray.errors import ConfigError, RunError, UserError
 from tst_ray.timeouts import STORAGE_S
 
 Value = TypeVar("Value")
@@ -56,11 +57,14 @@ class Storage:
         url: a local path or any fsspec URL.
 
     Raises:
+        ConfigError: a secret stands in the URL.
         RunError: the URL's filesystem is unknown, or its package is not installed; or a path
             begins with the home of nobody.
     """
 
     def __init__(self, url: str) -> None:
+        if has_secret(url):
+            raise ConfigError(f"{masked(url)}: {REMEDY}")
         self.url = absolute(url) if "://" in url else _local(url)
         self.is_local = "://" not in url or url.startswith("file://")
         try:
@@ -120,8 +124,12 @@ class Storage:
         with self._fs.open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def write(self, name: str, content: bytes | str) -> None:
-        """Replace a file as a whole; on a local disk it has reached the disk on return."""
+    def write(self, name: str, content: bytes | str, private: bool = False) -> None:
+        """Replace a file as a whole; on a local disk it has reached the disk on return.
+
+        Args:
+            private: whether it is for this user and group alone, where files have owners.
+        """
         data = content.encode() if isinstance(content, str) else content
         if not self.is_local:
             self._ask(self._fs.pipe_file, self.at(name), data)  # object stores put whole objects
@@ -130,7 +138,7 @@ class Storage:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with scratch.open("wb") as file:
+            with open(scratch, "wb", opener=_open_private if private else None) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -202,8 +210,16 @@ class Storage:
         except FileNotFoundError:
             return b""
 
-    def make(self) -> None:
-        """Make this folder and those above it."""
+    def make(self, private: bool = False) -> None:
+        """Make this folder and those above it.
+
+        Args:
+            private: whether it is for this user and group alone, where folders have owners.
+        """
+        if private and self.is_local:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.path).mkdir(mode=0o770, exist_ok=True)
+            return
         self._ask(self._fs.makedirs, self.path, exist_ok=True)
 
     def upload(self, local: str, name: str) -> None:
@@ -231,9 +247,9 @@ class Storage:
                 f"{self.location(name)}: is no JSON ({error}); restore it from a copy"
             ) from error
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Replace a JSON file as a whole."""
-        self.write(name, json.dumps(value, indent=2) + "\n")
+    def write_json(self, name: str, value: Any, **options: bool) -> None:
+        """Replace a JSON file as a whole; the options are those of `write`."""
+        self.write(name, json.dumps(value, indent=2) + "\n", **options)
 
     def read_lines(self, name: str, having: Collection[str] = ()) -> list[dict[str, Any]]:
         """The records of a .jsonl file, as `parse_record` takes them."""
@@ -367,6 +383,11 @@ def pauses(patience_s: float) -> Iterator[float]:
     while (left_s := deadline - time.monotonic()) > 0:
         yield min(pause_s, left_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open a file that others than this user and group cannot read; the umask takes more away."""
+    return os.open(path, flags, 0o660)
 
 
 def _local(path: str) -> str:

@@ -18,6 +18,7 @@ from tst_ray.estimates import ModelShape, memory_checkpoint_bytes
 from tst_ray.nodes import away_from, free_nodes, living_nodes
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
+from tst_ray.signing import read_key
 from tst_ray.storage import Storage
 
 
@@ -175,13 +176,16 @@ def check_model(
     return model_remarks(config.model, kept, vocab_size), describe(model), fields
 
 
-def export_model(run_url: str) -> tuple[int, list[str]]:
+def export_model(run_url: str, key_file: str | None = None) -> tuple[int, list[str]]:
     """Export the newest good checkpoint and sample; runs where tensors may live.
+
+    Args:
+        key_file: the config's `checkpoint.key_file`.
 
     Returns:
         the checkpoint's step, and the samples.
     """
     from tst_ray.export import export_run, sample_text
 
-    step, folder = export_run(Storage(run_url))
+    step, folder = export_run(Storage(run_url), key=read_key(key_file))
     return step, sample_text(folder)

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from pipelines.ingest import BatchMismatch, Columns, check_batch, load_manifest
 from pipelines.order import digest, named_spans
 from pipelines.permute import combine
 from tst_ray.architecture import describe
 from tst_ray.batches import Validation, micro_batches, timed, to_device
-from tst_ray.checkpoint import CheckpointInfo, Ranks
+from tst_ray.checkpoint import Ranks
 from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
@@ -268,8 +268,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Model and optimizer state by parameter name, sharded as they are; live tensors.
 
-        Gathered once: it takes longer than copying a small model, and all updates are in place. The
-        learning rate among it may be stale, but is set before each step anyway.
+        Gathered once: it takes longer than copying a small model, and all updates are in place.
         """
         if self._state is None:
             self._state = full_state(self.model, self.optimizer)
@@ -277,11 +276,9 @@ class Trainer:
 
     def restore(self) -> int:
         """Load the checkpoint to go on from and open the journal behind it; the finished steps."""
-        info = self.checkpoint
-        if info is not None:
-            self._load(info)
-        else:
-            self.state()  # before an update: torch makes none for what never gets a gradient
+        state = self.state()  # before an update: torch makes none for what never gets a gradient
+        if (info := self.checkpoint) is not None:
+            self.saving.load(info, state)
         step = info.step if info else 0
         if step and self.place.rank == 0:
             # What is newer could not be read, or is damaged. Were it good again one day, a run that
@@ -290,16 +287,6 @@ class Trainer:
         self.times["loaded"] = round(time.time(), 3)
         self._begin(step, in_memory=bool(info and self.saving.is_in_memory(info)))
         return step
-
-    def _load(self, info: CheckpointInfo) -> None:
-        state = full_state(self.model, self.optimizer)
-        self.saving.load(info, state)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
 
     def _begin(self, step: int, in_memory: bool) -> None:
         """Open the journal, and take up what the guard and the roll-backs before left."""
@@ -395,13 +382,17 @@ class Trainer:
 
 
 def full_state(model: SuperpositionLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that a checkpoint holds, by parameter name, sharded as it is; the live tensors."""
+    """All that a checkpoint holds, by parameter name, sharded as it is; the live tensors.
+
+    The settings of the optimizer's groups are not among it: those are the config's, which a run
+    keeps, and the learning rate is set before each step.
+    """
     is_new = not optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer)
     if is_new:  # torch has made one, by a step without gradients; it counts for nothing
         for state in optimizer.state.values():
             state["step"].zero_()
-    return {"model": model_state, "optimizer": optimizer_state}
+    return {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

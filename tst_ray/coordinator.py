@@ -195,7 +195,7 @@ class Coordinator:
                 finally:
                     with contextlib.suppress(Exception):  # what ended the run is what to tell
                         self._held.check()
-                        ask_autoscaler(self.config, 0)  # else the cluster would stay large
+                        self._let_go()
 
     def _check_cluster(self, run: Storage, is_local: bool) -> None:
         """Refuse a cluster that the run could not use, and say what it leaves unused.
@@ -292,6 +292,7 @@ class Coordinator:
                 self._train(run, feeds, stage, switched=number > 0)
             self._trains = True
             self.say("writing the model folder")
+            self._let_go()  # of the workers' nodes
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
             export = self._begin(backend, export_model, run.url, memory=memory)
@@ -314,8 +315,25 @@ class Coordinator:
         """
         before = run.read_json(PLAN)
         if before is None:
-            return prepare_corpus(self.config, backend, self.say)
-        return corpus_begun_with(self.config, before, run.location(MANIFEST), backend, self.say)
+            return prepare_corpus(self.config, backend, self.say, self._nodes_for_reading)
+        copy = run.location(MANIFEST)
+        workplace = self._nodes_for_reading
+        return corpus_begun_with(self.config, before, copy, backend, self.say, workplace)
+
+    @contextlib.contextmanager
+    def _nodes_for_reading(self) -> Iterator[None]:
+        """Let text be tokenized on all nodes: those that workers asked for count as theirs.
+
+        Ray Data asks for nodes itself, by the work that it has.
+        """
+        self._let_go()
+        yield
+
+    def _let_go(self) -> None:
+        """Ask for no nodes from now on: the cluster would stay large."""
+        if self.config.cluster.backend == "ray":
+            with contextlib.suppress(Exception):  # then the request expires
+                ask_autoscaler(self.config, 0)
 
     def _record_plan(self, run: Storage, manifest: Manifest, model: dict[str, Any]) -> None:
         """Write plan, model and manifest before the first step; later, where they no longer hold.

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 
+from tst_ray import autoscaler
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import RunError
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
 
 ASK_AGAIN_S = 10.0
-"""Between two requests to an autoscaler, which knows the last one only: another run's end takes it
-back, and every 20 s the coordinator of Ray Train and Ray Data puts in its place what these use."""
+"""Between two requests to an autoscaler, since one expires (autoscaler.py)."""
 
 
 def workers_needed(plan: Plan) -> int:
@@ -216,16 +216,14 @@ def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = 
     Args:
         without: nodes that are no room: others are started in their place, where the autoscaler
             knows label selectors (Ray's second version).
-
-    See https://docs.ray.io/en/latest/cluster/running-applications/autoscaling/reference.html.
     """
-    from ray.autoscaler.sdk import request_resources
-
+    if not num_workers:
+        autoscaler.let_go(autoscaler.requester(config))
+        return
     bundles = [worker_resources(config)] * num_workers
-    if num_workers:
-        bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
+    bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
     selectors = [away_from(without)] * len(bundles)
-    request_resources(bundles=bundles, bundle_label_selectors=selectors)
+    autoscaler.ask(autoscaler.requester(config), bundles, selectors)
 
 
 def away_from(nodes: Collection[str]) -> dict[str, str]:

@@ -89,6 +89,7 @@ class Room:
         self._failed_tries = 0  # to have more, one after another
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
+        self._asked = most  # how many workers an autoscaler is asked for
         self._ran: int | None = None  # how many workers the last group had that started
 
     @property
@@ -168,12 +169,16 @@ class Room:
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news
 
-    def ask(self) -> None:
-        """Ask an autoscaler for as many workers as there may be; it may not hear, or be none.
+    def ask(self, workers: int | None = None) -> None:
+        """Ask an autoscaler for room for so many workers; it may not hear, or be none.
 
-        To be done again and again, see `nodes.ASK_AGAIN_S`.
+        To be done again and again: a request expires.
+
+        Args:
+            workers: how many from now on; None: as many as before.
         """
+        self._asked = self._asked if workers is None else workers
         try:
-            ask_autoscaler(self._config, self.most, self.without)
+            ask_autoscaler(self._config, self._asked, self.without)
         except Exception as error:
             log.warning("the autoscaler was not asked: %s", error)

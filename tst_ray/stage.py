@@ -279,7 +279,7 @@ class Stage:
         least = self.room.least
         steadily(self.room.sight.look)
         self._leave_out()
-        self.room.ask()
+        self.room.ask(self.room.most)
         steadily(lambda: self.room.sight.settle(self._need_not_wait))
         self._heed_interrupt()
         room = steadily(self.room.now)
@@ -299,7 +299,7 @@ class Stage:
                 if time.monotonic() - asked_at > ASK_AGAIN_S:
                     asked_at = time.monotonic()
                     self._leave_out()  # fewer others may be left, and the node do after all
-                    self.room.ask()
+                    self.room.ask(self.room.most)
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)

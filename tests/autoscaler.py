@@ -148,16 +148,9 @@ class AutoscaledCluster:
         gone = {order.machine for order in orders if order.what == "taken away"}
         return {order.machine for order in orders} - gone
 
-    def requested(self) -> list[dict[str, float]]:
-        """The bundles of resources that the autoscaler is asked for by its sdk, sorted."""
-        demands = get_cluster_status(self.address).resource_demands.cluster_constraint_demand
-        bundles = [
-            dict(bundle.bundle)
-            for demand in demands
-            for bundle in demand.bundles_by_count
-            for _ in range(bundle.count)
-        ]
-        return sorted(bundles, key=str)
+    def wait_until_empty(self) -> None:
+        """Wait until all machines are taken away: nobody asks for any."""
+        wait_until(lambda: not self.machines(), "the machines are taken away")
 
     def shutdown(self) -> None:
         """End every process of the cluster and remove Ray's files."""

@@ -12,11 +12,9 @@ from tst_ray import nodes as nodes_module
 from tst_ray.elastic import Node
 from tst_ray.errors import RunError
 from tst_ray.nodes import (
-    ask_autoscaler,
     check_capacity,
     object_stores,
     unused_gpus,
-    worker_resources,
 )
 from tst_ray.plan import build_plan
 from tst_ray.settings import Config
@@ -106,25 +104,6 @@ def test_gpus_that_nobody_trains_on_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nodes_module, "living_nodes", lambda: nodes(8, 8, gpus=4))
     assert unused_gpus(config_of()) == 8
     assert unused_gpus(config_of("--cluster.gpus_per_worker=1")) == 0
-
-
-def test_an_autoscaler_is_asked_for_other_nodes_than_those_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By Ray's own function, which refuses what is no label selector."""
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        "ray.autoscaler.sdk.sdk.commands.request_resources", lambda *args: asked.append(args)
-    )
-    config = config_of("--cluster.data_cpus=1")
-    for workers, without in ((2, {"b2", "a1"}), (1, ()), (0, ())):
-        ask_autoscaler(config, workers, without)
-    worker, away = worker_resources(config), {"ray.io/node-id": "!in(a1,b2)"}
-    assert asked == [
-        (None, [worker, worker, {"CPU": 1.0}], [away, away, away]),
-        (None, [worker, {"CPU": 1.0}], [{}, {}]),
-        (None, [], []),
-    ]
 
 
 def test_the_object_stores_are_those_that_the_fewest_workers_have(

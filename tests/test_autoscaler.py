@@ -17,6 +17,7 @@ from tests.test_recovery import SETTINGS
 from tests.test_runs import events, write_text
 from tests.test_session import config_of
 from tst_ray import autoscaler
+from tst_ray.cli import main
 from tst_ray.nodes import ask_autoscaler, worker_resources
 
 PATIENCE_S = 400.0
@@ -194,6 +195,7 @@ def test_a_phase_of_more_workers_gets_its_machines_from_a_real_autoscaler(
         "checkpoint.every": 100, "checkpoint.memory_every": "null", "metrics.val_every": 100,
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in (SETTINGS | changes).items()]
+    assert main(["prepare", *options, "--cluster.backend=inline", "--cluster.workers=1"]) == 0
     with AutoscaledCluster(tmp_path, most=6, idle_s=idle_s, boot_s=10.0) as cluster:
         log = tmp_path / "log"
         with log.open("w") as output:
@@ -203,14 +205,12 @@ def test_a_phase_of_more_workers_gets_its_machines_from_a_real_autoscaler(
                 timeout=PATIENCE_S,
             ).returncode  # fmt: skip
         assert status == 0, log.read_text()[-4000:]
-        attempts = [event for event in events(tmp_path / "grows", "attempt")]
+        attempts = events(tmp_path / "grows", "attempt")
         assert [attempt["world_size"] for attempt in attempts] == [1, 3]
-        began = attempts[-1]["time"]
-        orders = cluster.orders()
-        assert [order.machine for order in orders if order.what == "started"] == [
-            f"{number:05}" for number in range(1, 5)
-        ], "three for workers and one for reading"
-        assert not [o for o in orders if o.what == "taken away" and o.time < began]
+        began, finished = attempts[-1]["time"], events(tmp_path / "grows", "finish")[0]["time"]
+        orders = [order for order in cluster.orders() if order.time < finished]
+        wanted = [("started", f"{number:05}") for number in range(1, 5)]
+        assert [(order.what, order.machine) for order in orders] == wanted, (orders, attempts)
         if how == "coordinated":
             (switch,) = events(tmp_path / "grows", "switch")
             assert began - switch["time"] < 60.0, "10 s for machines, and the start of a group"

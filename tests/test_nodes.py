@@ -124,3 +124,19 @@ def test_the_cpus_of_the_nodes_that_may_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nodes_module, "living_nodes", lambda without=(): there)
     assert nodes_module.cpus_within({}) == 6.0
     assert nodes_module.cpus_within(nodes_module.only_on(["b", "head"])) == 4.0
+
+
+def test_nodes_that_are_lost_are_known_unless_the_cluster_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}]
+    assert nodes_module.lost_nodes(["a"]) == set(), "without Ray"
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: there)
+    assert nodes_module.lost_nodes(["a", "b", "gone"]) == {"b", "gone"}
+
+    def away() -> None:
+        raise RuntimeError("no GCS")
+
+    monkeypatch.setattr("ray.nodes", away)
+    assert nodes_module.lost_nodes(["a", "b"]) == set()

@@ -500,6 +500,7 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.room.room_for", room_for)
+    monkeypatch.setattr("tst_ray.stage.lost_nodes", lambda nodes: set())
     asked: list[set[str]] = []
     monkeypatch.setattr(
         "tst_ray.room.ask_autoscaler", lambda config, most, without: asked.append(set(without))

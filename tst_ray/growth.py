@@ -78,13 +78,13 @@ class Growing:
         """
         records = self._records_now(world_size) if world_size < self._room.most else []
         if len(records) < _FEWEST_STEPS:
-            self._room.ask()
+            self._room.ask(at_work=world_size)
             return None
         growth = self._growth(world_size, at_work, records)
         cluster = self._job.config.cluster
         most = replace(growth, possible=self._room.most)
         more_would_pay = growth_pays(most, gain=cluster.growth_gain)
-        self._room.ask(self._room.most if more_would_pay else world_size)
+        self._room.ask(self._room.most if more_would_pay else world_size, at_work=world_size)
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
         # a healthy group does not end while nothing could be saved of it
         return growth if pays and not self._saves_fail() else None

@@ -136,6 +136,18 @@ def cpus_within(where: Mapping[str, str]) -> float:
     return sum(node.resources.get("CPU", 0.0) for node in nodes)
 
 
+def lost_nodes(nodes: Collection[str]) -> set[str]:
+    """Those of some nodes that the cluster knows to be lost; none while it does not answer."""
+    import ray
+
+    if not nodes or not ray.is_initialized():
+        return set()
+    try:
+        return set(nodes) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    except Exception:  # the head node is away: who asks has other things to do
+        return set()
+
+
 def address_of(node_id: str) -> str | None:
     """A node's address, for people; None where the cluster knows no such node."""
     import ray

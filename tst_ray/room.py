@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pipelines.errors import one_line
+from tst_ray.autoscaler import is_coordinated
 from tst_ray.errors import RunError, UserError
 from tst_ray.nodes import (
     address_of,
@@ -169,15 +170,18 @@ class Room:
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news
 
-    def ask(self, workers: int | None = None) -> None:
+    def ask(self, workers: int | None = None, at_work: int = 0) -> None:
         """Ask an autoscaler for room for so many workers; it may not hear, or be none.
 
         To be done again and again: a request expires.
 
         Args:
             workers: how many from now on; None: as many as before.
+            at_work: how many train; where Ray Train asks for those itself, both would add up.
         """
         self._asked = self._asked if workers is None else workers
+        if self._asked <= at_work and not is_coordinated():
+            return
         try:
             ask_autoscaler(self._config, self._asked, self.without)
         except Exception as error:

@@ -47,7 +47,7 @@ from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
 from tst_ray.metrics import EVENT_FIELDS, EVENTS, try_event
-from tst_ray.nodes import ASK_AGAIN_S, draining_nodes, own_node
+from tst_ray.nodes import ASK_AGAIN_S, draining_nodes, lost_nodes, own_node
 from tst_ray.plan import Phase
 from tst_ray.room import Room, steadily
 from tst_ray.sight import Sight
@@ -222,6 +222,7 @@ class Stage:
         now = patiently(lambda: read_state(self.run))
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
         begun = now.get("attempt", 0) > before.get("attempt", 0)
+        nodes = now.get("nodes", ()) if begun else ()
         self.failures = 1 if failure.started and progress else self.failures + 1
         try_event(
             self.run,
@@ -231,7 +232,7 @@ class Stage:
             attempt=now.get("attempt", 0),
             step=now.get("step", 0),
             in_a_row=self.failures,
-            node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
+            node=laid_to(failure.ranks, nodes, lost_nodes(nodes)),
             costs_s=round(self._growing.start_s, 1),
         )
         charge(self.run, "restart")

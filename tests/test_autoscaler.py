@@ -41,7 +41,8 @@ class Coordinator:
             cancel_request=SimpleNamespace(remote=self.actor.cancel_request),
         )
         monkeypatch.setattr(module, "get_or_create_autoscaling_coordinator", lambda: handle)
-        monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+        monkeypatch.setattr("ray.wait", lambda answers, timeout: (answers, []))
+        monkeypatch.setattr("ray.get", lambda answers: answers)
 
     def asked(self) -> list[Any]:
         """The bundles that the autoscaler is asked for once the coordinator has looked again."""
@@ -98,6 +99,22 @@ def test_where_nodes_may_not_be_reaches_the_autoscaler(coordinator: Coordinator)
     ask_autoscaler(config, 1, {"b2", "a1"})
     away = {"ray.io/node-id": "!in(a1,b2)"}
     assert coordinator.sent[-1] == ([worker_resources(config), CPU], [away, away])
+
+
+def test_a_cluster_that_does_not_answer_ends_no_run(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a coordinator that takes long to start, nor a head node that is away."""
+    monkeypatch.setattr("ray.wait", lambda answers, timeout: ([], answers))
+    ask_autoscaler(config_of(), 1)
+    assert coordinator.asked() == [CPU] * 2, "it hears later"
+
+    def away(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no GCS")
+
+    monkeypatch.setattr("ray.wait", away)
+    ask_autoscaler(config_of(), 1)
+    ask_autoscaler(config_of(), 0)
 
 
 def test_a_group_of_ray_train_asks_for_nothing_besides() -> None:

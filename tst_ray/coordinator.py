@@ -358,8 +358,7 @@ class Coordinator:
     def _let_go(self) -> None:
         """Ask for no nodes from now on: the cluster would stay large."""
         if self.config.cluster.backend == "ray":
-            with contextlib.suppress(Exception):  # then the request expires
-                ask_autoscaler(self.config, 0)
+            ask_autoscaler(self.config, 0)
 
     def _record_plan(self, run: Storage, manifest: Manifest, model: dict[str, Any]) -> None:
         """Write plan, model and manifest before the first step; later, where they no longer hold.

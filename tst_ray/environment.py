@@ -153,9 +153,8 @@ def _home_takes_files() -> bool:
     """Whether Ray can read or make a token at home."""
     try:
         folder = Path.home() / ".ray"
-    except RuntimeError:  # there is no home
+        folder.mkdir(exist_ok=True)  # as Ray does
+    except (RuntimeError, OSError):  # there is no home, or none that can be written to
         return False
-    if (folder / "auth_token").is_file():
-        return os.access(folder / "auth_token", os.R_OK)
-    there = folder if folder.is_dir() else folder.parent
-    return os.access(there, os.W_OK | os.X_OK)
+    token = folder / "auth_token"
+    return os.access(token, os.R_OK) if token.is_file() else os.access(folder, os.W_OK)

@@ -9,6 +9,7 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
@@ -18,6 +19,8 @@ from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import RunError
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
+
+log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 10.0
 """Between two requests to an autoscaler, since one expires (autoscaler.py)."""
@@ -225,17 +228,22 @@ def free_nodes(without: Collection[str] = ()) -> list[Node]:
 def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = ()) -> None:
     """Ask an autoscaler, if there is one, for room for so many workers and for reading; 0 lets go.
 
+    It may not hear: the head node may be away for a while. So this is done again and again.
+
     Args:
         without: nodes that are no room: others are started in their place, where the autoscaler
             knows label selectors (Ray's second version).
     """
-    if not num_workers:
-        autoscaler.let_go(autoscaler.requester(config))
-        return
+    name = autoscaler.requester(config)
     bundles = [worker_resources(config)] * num_workers
     bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
-    selectors = [away_from(without)] * len(bundles)
-    autoscaler.ask(autoscaler.requester(config), bundles, selectors)
+    try:
+        if num_workers:
+            autoscaler.ask(name, bundles, [away_from(without)] * len(bundles))
+        else:
+            autoscaler.let_go(name)
+    except Exception as error:
+        log.warning("the autoscaler was not asked: %s", error)
 
 
 def away_from(nodes: Collection[str]) -> dict[str, str]:

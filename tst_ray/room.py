@@ -10,7 +10,6 @@ place. The cluster is asked through the head node, which may be away for a while
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -33,8 +32,6 @@ from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
 
 Value = TypeVar("Value")
-
-log = logging.getLogger(__name__)
 
 _LONGEST_BAR_S = 3600.0
 
@@ -171,9 +168,7 @@ class Room:
         return is_news
 
     def ask(self, workers: int | None = None, at_work: int = 0) -> None:
-        """Ask an autoscaler for room for so many workers; it may not hear, or be none.
-
-        To be done again and again: a request expires.
+        """Ask an autoscaler for room for so many workers; again and again, since a request expires.
 
         Args:
             workers: how many from now on; None: as many as before.
@@ -182,7 +177,4 @@ class Room:
         self._asked = self._asked if workers is None else workers
         if self._asked <= at_work and not is_coordinated():
             return
-        try:
-            ask_autoscaler(self._config, self._asked, self.without)
-        except Exception as error:
-            log.warning("the autoscaler was not asked: %s", error)
+        ask_autoscaler(self._config, self._asked, self.without)

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -143,11 +144,13 @@ def prepare(
     max_shard_tokens: int = MAX_SHARD_TOKENS,
     skip: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
+    workplace: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Manifest:
     """Turn text into token shards in `folder`, doing only what is not done yet.
 
-    `backend` "ray" spreads the units over the Ray that is already connected, "inline" works them
-    off here; the shards are the same bit for bit. `undecodable` texts are counted and left out
+    `backend` "ray" spreads the units over the Ray that is connected by then, "inline" works them
+    off here; the shards are the same bit for bit. They are worked off in a `workplace()`, which is
+    entered only if some are not done yet. `undecodable` texts are counted and left out
     ("skip"), or end the preparation ("refuse"). Of a source, the folders in `skip` are no part, nor
     is this one. The shards of the manifest that is returned are verified. Raises DataError, in one
     line, for whatever is wrong with the input or the folder.
@@ -180,7 +183,7 @@ def prepare(
         undecodable=undecodable,
         max_shard_tokens=max_shard_tokens,
     )
-    records, made = _all_records(job, settings, corpora, backend, log)
+    records, made = _all_records(job, settings, corpora, backend, log, workplace)
     manifest = Manifest(
         folder=folder,
         dtype=job.dtype,
@@ -367,6 +370,7 @@ def _all_records(
     corpora: Sequence[Corpus],
     backend: str,
     log: Callable[[str], None],
+    workplace: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[dict[str, Record], set[str]]:
     """The record of every unit by its key, in the corpus's order; and which were made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
@@ -382,8 +386,8 @@ def _all_records(
     total = sum(unit.size for unit in todo.values())
     told_bytes = max(total // 10, LEAST_TOLD_BYTES)
     done = 0
-    if todo:
-        for record in (run_on_ray if backend == "ray" else run_inline)(job, todo):
+    with workplace() if todo else nullcontext():
+        for record in (run_on_ray if backend == "ray" else run_inline)(job, todo) if todo else ():
             records[record["key"]] = record
             before, done = done, done + todo[record["key"]].size
             if before // told_bytes < done // told_bytes:

@@ -128,7 +128,7 @@ def test_text_is_prepared_where_nobody_can_be_told_of_it(monkeypatch: pytest.Mon
         def write(self, text: str) -> int:
             raise OSError("No space left on device")
 
-    def prepare_only(config: Any, say: Any) -> None:
+    def prepare_only(config: Any, say: Any, quiet: Any) -> None:
         say("a line")
         raise RunError("and the error, too")
 

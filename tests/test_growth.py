@@ -44,7 +44,7 @@ def growing(
 def trained(run: Storage, world_size: int, attempt: int, step: int, step_s: float) -> None:
     """Three steps up to this one, as a group leaves them behind."""
     update_state(run, attempt=attempt, attempt_from=0, step=step)
-    for number in range(step - 2, step + 1):
+    for number in range(max(step - 2, 1), step + 1):
         record = {"step": number, "attempt": attempt, "world_size": world_size}
         run.append("metrics.jsonl", json.dumps({**record, "step_time_s": step_s}) + "\n")
 
@@ -84,10 +84,10 @@ def test_a_group_does_not_end_to_grow_while_it_cannot_be_saved(
     assert grows_after("checkpoint_failed", step=3, memory=True)  # only copies are missing
 
 
-def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
+def test_an_autoscaler_is_asked_for_the_workers_that_pay(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request is not heard for long: others put theirs in its place."""
+    """At each look: a request expires."""
     asked: list[int] = []
     monkeypatch.setattr("tst_ray.room.ask_autoscaler", lambda config, most, _: asked.append(most))
     monkeypatch.setattr("tst_ray.room.room_for", lambda config, most, without: 1)
@@ -101,7 +101,12 @@ def test_an_autoscaler_is_asked_as_long_as_more_workers_would_pay(
         return asked
 
     assert look(4, 3) == [4, 4]
-    assert look(4, 8) == [], "nothing is left to do"
+    assert look(4, 8) == [1, 1], "nothing is left to do"
+    assert look(1, 3) == [1, 1], "there can be no more"
+    assert look(4, 0) == [4, 4], "how long a step takes is not known yet: as before"
+    monkeypatch.setattr("tst_ray.room.is_coordinated", lambda: False)
+    assert look(4, 3) == [4, 4]
+    assert look(4, 8) == [], "Ray Train asks for those at work itself"
     assert look(1, 3) == []
 
 

@@ -12,11 +12,9 @@ from tst_ray import nodes as nodes_module
 from tst_ray.elastic import Node
 from tst_ray.errors import RunError
 from tst_ray.nodes import (
-    ask_autoscaler,
     check_capacity,
     object_stores,
     unused_gpus,
-    worker_resources,
 )
 from tst_ray.plan import build_plan
 from tst_ray.settings import Config
@@ -108,25 +106,6 @@ def test_gpus_that_nobody_trains_on_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert unused_gpus(config_of("--cluster.gpus_per_worker=1")) == 0
 
 
-def test_an_autoscaler_is_asked_for_other_nodes_than_those_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By Ray's own function, which refuses what is no label selector."""
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        "ray.autoscaler.sdk.sdk.commands.request_resources", lambda *args: asked.append(args)
-    )
-    config = config_of("--cluster.data_cpus=1")
-    for workers, without in ((2, {"b2", "a1"}), (1, ()), (0, ())):
-        ask_autoscaler(config, workers, without)
-    worker, away = worker_resources(config), {"ray.io/node-id": "!in(a1,b2)"}
-    assert asked == [
-        (None, [worker, worker, {"CPU": 1.0}], [away, away, away]),
-        (None, [worker, {"CPU": 1.0}], [{}, {}]),
-        (None, [], []),
-    ]
-
-
 def test_the_object_stores_are_those_that_the_fewest_workers_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,3 +124,19 @@ def test_the_cpus_of_the_nodes_that_may_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nodes_module, "living_nodes", lambda without=(): there)
     assert nodes_module.cpus_within({}) == 6.0
     assert nodes_module.cpus_within(nodes_module.only_on(["b", "head"])) == 4.0
+
+
+def test_nodes_that_are_lost_are_known_unless_the_cluster_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}]
+    assert nodes_module.lost_nodes(["a"]) == set(), "without Ray"
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: there)
+    assert nodes_module.lost_nodes(["a", "b", "gone"]) == {"b", "gone"}
+
+    def away() -> None:
+        raise RuntimeError("no GCS")
+
+    monkeypatch.setattr("ray.nodes", away)
+    assert nodes_module.lost_nodes(["a", "b"]) == set()

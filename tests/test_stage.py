@@ -440,11 +440,11 @@ def test_a_head_node_that_is_away_between_two_groups_is_waited_for(
             raise answer
         return answer
 
-    def asked(config: Any, most: int, without: Any) -> None:
+    def asked(*request: Any) -> None:
         raise RpcError("unavailable")
 
     monkeypatch.setattr("tst_ray.room.room_for", room)
-    monkeypatch.setattr("tst_ray.room.ask_autoscaler", asked)
+    monkeypatch.setattr("tst_ray.autoscaler.ask", asked)
     monkeypatch.setattr("tst_ray.storage.time.sleep", lambda seconds: None)
     assert stage._wait_for_room() == 3
 
@@ -500,6 +500,7 @@ def test_a_node_that_ended_many_attempts_is_left_out_and_told(
 
     monkeypatch.setattr("tst_ray.stage.Group", Group)
     monkeypatch.setattr("tst_ray.room.room_for", room_for)
+    monkeypatch.setattr("tst_ray.stage.lost_nodes", lambda nodes: set())
     asked: list[set[str]] = []
     monkeypatch.setattr(
         "tst_ray.room.ask_autoscaler", lambda config, most, without: asked.append(set(without))

@@ -32,6 +32,13 @@ def test_a_failure_is_laid_to_the_one_node_where_all_that_failed_were(
     assert laid_to(failed, nodes) == laid
 
 
+def test_a_node_that_was_lost_is_to_blame_rather_than_who_waited_for_it() -> None:
+    """Rank 0's collective fails first, on a node that is well."""
+    assert laid_to({0: "a"}, ["a", "b"], lost={"b"}) == "b"
+    assert laid_to({0: "a"}, ["a", "b", "c"], lost={"b", "c"}) is None
+    assert laid_to({0: "a"}, ["a", "b"], lost=()) == "a"
+
+
 def failures(*ages_s: float, node: str | None = "bad", costs_s: float = 60.0) -> list[Any]:
     """Failures so many seconds ago, each in an attempt of its own."""
     return [

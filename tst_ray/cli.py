@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipelines.addresses import masked
 from pipelines.errors import DataError
@@ -145,8 +147,12 @@ def _what(config: Config) -> str:
 def _prepare(args: argparse.Namespace) -> None:
     config = _config(args)
     from tst_ray.coordinator import prepare_only
+    from tst_ray.display import Terminal
 
-    manifest = prepare_only(config, _tell)
+    # A copy: the other goes to a file while Ray is there.
+    with os.fdopen(os.dup(2), "w", errors="replace") as stderr:
+        tell = functools.partial(_tell, file=stderr)
+        manifest = prepare_only(config, tell, Terminal().quiet)
     facts = {
         "folder": manifest.folder,
         "fingerprint": manifest.fingerprint,
@@ -231,10 +237,10 @@ def _settings(args: argparse.Namespace) -> None:
     print(settings_table())
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, file: TextIO | None = None) -> None:
     """Print a line on standard error; where that is gone, nobody is told, and the work goes on."""
     with contextlib.suppress(OSError):
-        print(masked(text), file=sys.stderr)
+        print(masked(text), file=file or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

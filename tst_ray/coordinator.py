@@ -31,12 +31,14 @@ from tst_ray.checkpoint import newest_step
 from tst_ray.corpus import (
     build_feeds,
     build_order,
+    cache_folder,
     copied_manifest,
     corpus_begun_with,
     mixture,
     prepare_corpus,
     shown_mixture,
 )
+from tst_ray.environment import check_environment, cluster_address
 from tst_ray.errors import Interrupted, RunError, last_line
 from tst_ray.goodput import Account
 from tst_ray.hold import Hold
@@ -61,6 +63,7 @@ from tst_ray.storage import Storage, patiently
 from tst_ray.tasks import Call, begin, check_model, export_model, memory_problem
 
 Say = Callable[[str], None]
+Quiet = Callable[[str], contextlib.AbstractContextManager[None]]
 
 _FINAL = ("loss", "val_loss")
 _TURN_S = 10.0  # a task that has not begun by then may wait for others to end
@@ -89,13 +92,35 @@ class Outcome:
     account: Account
 
 
-def prepare_only(config: Config, say: Say) -> Manifest:
-    """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
+def prepare_only(
+    config: Config, say: Say, quiet: Quiet = lambda log_path: contextlib.nullcontext()
+) -> Manifest:
+    """Tokenize without training, on Ray or in this process as `cluster.backend` says.
+
+    Args:
+        quiet: sends what Ray prints to a file.
+    """
+    check_environment(config)
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
     build_plan(config)  # what could never be trained is not tokenized either
-    with ray_session(config, None):
-        return prepare_corpus(config, "ray", say)
+
+    @contextlib.contextmanager
+    def on_ray() -> Iterator[None]:
+        cache = Storage(cache_folder(config))
+        cache.make()
+        log_path = cache.at("ray.log") if cache.is_local else "prepare-ray.log"
+        say(f"{told_of_ray()} (what it prints is in {log_path})")
+        with quiet(log_path), ray_session(config, None):
+            yield
+
+    return prepare_corpus(config, "ray", say, on_ray)
+
+
+def told_of_ray() -> str:
+    """What is said of the Ray that a run is about to use."""
+    address = cluster_address()
+    return f"joining Ray at {address}" if address else "starting Ray"
 
 
 class Coordinator:
@@ -123,6 +148,7 @@ class Coordinator:
             RunError: the run stopped; the same command resumes it.
             Interrupted: on request.
         """
+        check_environment(self.config)
         with open_run(self.config) as (run, self._held):
             try:
                 _fold_events(run)
@@ -182,7 +208,7 @@ class Coordinator:
     def _with_ray(self, run: Storage) -> Outcome:
         self.log_path = run.at("ray.log") if run.is_local else f"{self.config.run.name}-ray.log"
         with self.terminal.quiet(self.log_path):
-            self.say("starting Ray")
+            self.say(told_of_ray())
             with ray_session(self.config, self.plan) as session:
                 # For the worker groups, while the first task is waited for; Ray's start needs the
                 # cores for itself.
@@ -196,7 +222,7 @@ class Coordinator:
                 finally:
                     with contextlib.suppress(Exception):  # what ended the run is what to tell
                         self._held.check()
-                        ask_autoscaler(self.config, 0)  # else the cluster would stay large
+                        self._let_go()
 
     def _check_cluster(self, run: Storage, is_local: bool) -> None:
         """Refuse a cluster that the run could not use, and say what it leaves unused.
@@ -293,6 +319,7 @@ class Coordinator:
                 self._train(run, feeds, stage, switched=number > 0)
             self._trains = True
             self.say("writing the model folder")
+            self._let_go()  # of the workers' nodes
             self._charge(run, "closing")
             memory = _EXPORT_BYTES * shape.parameters
             key_file = self.config.checkpoint.key_file
@@ -316,8 +343,24 @@ class Coordinator:
         """
         before = run.read_json(PLAN)
         if before is None:
-            return prepare_corpus(self.config, backend, self.say)
-        return corpus_begun_with(self.config, before, run.location(MANIFEST), backend, self.say)
+            return prepare_corpus(self.config, backend, self.say, self._nodes_for_reading)
+        copy = run.location(MANIFEST)
+        workplace = self._nodes_for_reading
+        return corpus_begun_with(self.config, before, copy, backend, self.say, workplace)
+
+    @contextlib.contextmanager
+    def _nodes_for_reading(self) -> Iterator[None]:
+        """Let text be tokenized on all nodes: those that workers asked for count as theirs.
+
+        Ray Data asks for nodes itself, by the work that it has.
+        """
+        self._let_go()
+        yield
+
+    def _let_go(self) -> None:
+        """Ask for no nodes from now on: the cluster would stay large."""
+        if self.config.cluster.backend == "ray":
+            ask_autoscaler(self.config, 0)
 
     def _record_plan(self, run: Storage, manifest: Manifest, model: dict[str, Any]) -> None:
         """Write plan, model and manifest before the first step; later, where they no longer hold.

@@ -9,6 +9,7 @@ build_feeds         what a reader of each phase needs
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pipelines.corpus import SourceSpec
@@ -25,10 +26,16 @@ from tst_ray.settings import Config
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
+Workplace = Callable[[], AbstractContextManager[Any]]
 
 
-def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
+def prepare_corpus(
+    config: Config, backend: str, say: Say, workplace: Workplace = nullcontext
+) -> Manifest:
     """The run's shards: those named by `data.prepared`, or made from `data.sources`.
+
+    Args:
+        workplace: where text is tokenized; entered only if some is to do.
 
     Raises:
         DataError: with the file and the remedy.
@@ -43,7 +50,8 @@ def prepare_corpus(config: Config, backend: str, say: Say) -> Manifest:
     else:
         sources, settings, folder = _preparation(config)
         ours = (cache_folder(config),)
-        manifest = prepare(sources, folder=folder, backend=backend, skip=ours, log=say, **settings)
+        how: dict[str, Any] = {"backend": backend, "log": say, "workplace": workplace}
+        manifest = prepare(sources, folder=folder, skip=ours, **how, **settings)
     for source in manifest.sources:
         if source.left_out:
             say(f"{source.name}: left out {source.left_out}")
@@ -82,13 +90,19 @@ def _ignored(config: Config, manifest: Manifest) -> list[str]:
 
 
 def corpus_begun_with(
-    config: Config, plan: dict[str, Any], copy: str, backend: str, say: Say
+    config: Config,
+    plan: dict[str, Any],
+    copy: str,
+    backend: str,
+    say: Say,
+    workplace: Workplace = nullcontext,
 ) -> Manifest:
     """The shards that a run began with, made again where they are gone.
 
     Args:
         plan: what the run's plan.json holds.
         copy: the run's manifest.
+        workplace: as for `prepare_corpus`.
 
     Raises:
         ConfigError: they are gone, and the text is not what it was.
@@ -99,7 +113,7 @@ def corpus_begun_with(
         return manifest
     if not config.data.prepared:
         say(f"{problem}; preparing the text again")
-    found = prepare_corpus(config, backend, say)
+    found = prepare_corpus(config, backend, say, workplace)
     if found.fingerprint == plan["corpus"]:
         return found
     # The text has grown; those of its shards that the run reads may be whole again.

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipelines.errors import DataError, Unreadable
 from pipelines.storage import locate
+from tst_ray.autoscaler import leave_to_the_run
 from tst_ray.errors import RunError, UserError, last_line
 from tst_ray.job import Ended, Job, Place
 from tst_ray.journal import STATE
@@ -189,7 +190,8 @@ def _fit(job: Job, world_size: int, without: Collection[str], readers: dict[str,
     gpus = config.cluster.gpus_per_worker
 
     class Trainer(TorchTrainer):  # type: ignore[misc,unused-ignore]
-        """A TorchTrainer whose groups are not cleaned up by a process beside them.
+        """A TorchTrainer whose groups ask for no nodes (autoscaler.py), nor are cleaned up by a
+        process beside them.
 
         That one asks a dashboard whether the controller lives. A Ray without one lets it ask any
         other cluster's on the machine, which knows of no such controller, and it then takes the
@@ -199,6 +201,10 @@ def _fit(job: Job, world_size: int, without: Collection[str], readers: dict[str,
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [c for c in callbacks if "PlacementGroupCleaner" not in type(c).__name__]
+
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            leave_to_the_run(options)
+            return super()._initialize_and_run_controller(**options)
 
     trainer = Trainer(
         train_worker,

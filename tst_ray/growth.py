@@ -2,7 +2,7 @@
 
     run.json, metrics.jsonl ──> Growing.worth ──> Growth, or None: train on
                                     │  ▲ begun, stopped, resized: what starting a group costs
-                                    └──> Room.ask: an autoscaler, for workers that would pay
+                                    └──> Room.ask: an autoscaler, for the workers that pay
 
 What pays is decided in elastic.py, on these numbers alone; the stage tells of it, and acts.
 """
@@ -68,19 +68,23 @@ class Growing:
         self._resized_at = time.monotonic()
 
     def worth(self, world_size: int, at_work: set[str]) -> Growth | None:
-        """What growing would give, where more workers would fit and stopping for them pays; where
-        more would pay that do not fit yet, an autoscaler is asked for them.
+        """What growing would give, where more workers would fit and stopping for them pays.
+
+        An autoscaler is asked for as many as would pay, whether or not they fit yet; for those at
+        work, where more would not.
 
         Args:
             world_size, at_work: the workers of the group at work, and their nodes.
         """
         records = self._records_now(world_size) if world_size < self._room.most else []
         if len(records) < _FEWEST_STEPS:
+            self._room.ask(at_work=world_size)
             return None
         growth = self._growth(world_size, at_work, records)
         cluster = self._job.config.cluster
-        if growth_pays(replace(growth, possible=self._room.most), gain=cluster.growth_gain):
-            self._room.ask()
+        most = replace(growth, possible=self._room.most)
+        more_would_pay = growth_pays(most, gain=cluster.growth_gain)
+        self._room.ask(self._room.most if more_would_pay else world_size, at_work=world_size)
         pays = growth_pays(growth, gain=cluster.growth_gain, settle_s=cluster.settle_s)
         # a healthy group does not end while nothing could be saved of it
         return growth if pays and not self._saves_fail() else None

@@ -9,18 +9,21 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 
+from tst_ray import autoscaler
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import RunError
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
 
+log = logging.getLogger(__name__)
+
 ASK_AGAIN_S = 10.0
-"""Between two requests to an autoscaler, which knows the last one only: another run's end takes it
-back, and every 20 s the coordinator of Ray Train and Ray Data puts in its place what these use."""
+"""Between two requests to an autoscaler, since one expires (autoscaler.py)."""
 
 
 def workers_needed(plan: Plan) -> int:
@@ -136,6 +139,18 @@ def cpus_within(where: Mapping[str, str]) -> float:
     return sum(node.resources.get("CPU", 0.0) for node in nodes)
 
 
+def lost_nodes(nodes: Collection[str]) -> set[str]:
+    """Those of some nodes that the cluster knows to be lost; none while it does not answer."""
+    import ray
+
+    if not nodes or not ray.is_initialized():
+        return set()
+    try:
+        return set(nodes) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    except Exception:  # the head node is away: who asks has other things to do
+        return set()
+
+
 def address_of(node_id: str) -> str | None:
     """A node's address, for people; None where the cluster knows no such node."""
     import ray
@@ -213,19 +228,22 @@ def free_nodes(without: Collection[str] = ()) -> list[Node]:
 def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = ()) -> None:
     """Ask an autoscaler, if there is one, for room for so many workers and for reading; 0 lets go.
 
+    It may not hear: the head node may be away for a while. So this is done again and again.
+
     Args:
         without: nodes that are no room: others are started in their place, where the autoscaler
             knows label selectors (Ray's second version).
-
-    See https://docs.ray.io/en/latest/cluster/running-applications/autoscaling/reference.html.
     """
-    from ray.autoscaler.sdk import request_resources
-
+    name = autoscaler.requester(config)
     bundles = [worker_resources(config)] * num_workers
-    if num_workers:
-        bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
-    selectors = [away_from(without)] * len(bundles)
-    request_resources(bundles=bundles, bundle_label_selectors=selectors)
+    bundles += [{"CPU": 1.0}] * config.cluster.data_cpus
+    try:
+        if num_workers:
+            autoscaler.ask(name, bundles, [away_from(without)] * len(bundles))
+        else:
+            autoscaler.let_go(name)
+    except Exception as error:
+        log.warning("the autoscaler was not asked: %s", error)
 
 
 def away_from(nodes: Collection[str]) -> dict[str, str]:

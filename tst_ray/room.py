@@ -10,12 +10,12 @@ place. The cluster is asked through the head node, which may be away for a while
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pipelines.errors import one_line
+from tst_ray.autoscaler import is_coordinated
 from tst_ray.errors import RunError, UserError
 from tst_ray.nodes import (
     address_of,
@@ -32,8 +32,6 @@ from tst_ray.suspects import Events, left_out, to_leave_out
 from tst_ray.timeouts import NO_ROOM_S
 
 Value = TypeVar("Value")
-
-log = logging.getLogger(__name__)
 
 _LONGEST_BAR_S = 3600.0
 
@@ -89,6 +87,7 @@ class Room:
         self._failed_tries = 0  # to have more, one after another
         self._until = 0.0  # when more are tried again, …
         self._then = 0  # … or once nodes have room for more than they had then
+        self._asked = most  # how many workers an autoscaler is asked for
         self._ran: int | None = None  # how many workers the last group had that started
 
     @property
@@ -168,12 +167,14 @@ class Room:
         is_news, self.lacked_for = world_size != self.lacked_for, world_size
         return is_news
 
-    def ask(self) -> None:
-        """Ask an autoscaler for as many workers as there may be; it may not hear, or be none.
+    def ask(self, workers: int | None = None, at_work: int = 0) -> None:
+        """Ask an autoscaler for room for so many workers; again and again, since a request expires.
 
-        To be done again and again, see `nodes.ASK_AGAIN_S`.
+        Args:
+            workers: how many from now on; None: as many as before.
+            at_work: how many train; where Ray Train asks for those itself, both would add up.
         """
-        try:
-            ask_autoscaler(self._config, self.most, self.without)
-        except Exception as error:
-            log.warning("the autoscaler was not asked: %s", error)
+        self._asked = self._asked if workers is None else workers
+        if self._asked <= at_work and not is_coordinated():
+            return
+        ask_autoscaler(self._config, self._asked, self.without)

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipelines.errors import one_line
 from tst_ray import forkclient, forkserver
+from tst_ray.environment import cluster_address, prepare_for_ray
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.nodes import cpus_needed, workers_needed
 from tst_ray.plan import Plan
@@ -105,9 +106,13 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
         ConfigError: a Ray here could never have room for the plan.
         RunError: there is no cluster at the address.
     """
-    is_local = not os.environ.get("RAY_ADDRESS")
-    if is_local:
-        os.environ.pop("RAY_ADDRESS", None)  # empty: to unset it is what was meant
+    address = cluster_address()
+    is_local = address is None
+    if address is None:
+        os.environ.pop("RAY_ADDRESS", None)  # empty or "local": Ray itself heeds it, too
+    else:
+        os.environ["RAY_ADDRESS"] = address  # without spaces around it
+    prepare_for_ray(is_local)
     if is_local and plan is not None:
         check_local(config, plan)
     # Usage statistics would leave the user's machine.
@@ -123,7 +128,8 @@ def ray_session(config: Config, plan: Plan | None) -> Iterator[Session]:
             return
         options: dict[str, Any] = {}
         if _forks(config):
-            variables = {name: os.environ[name] for name in _RAY_TRAIN_SETTINGS}
+            names = (*_RAY_TRAIN_SETTINGS, "RAY_TRAIN_V2_ENABLED")
+            variables = {name: os.environ[name] for name in names}
             submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
             options["runtime_env"] = forkserver.job_environment(submitted, variables, kind)
         yield stack.enter_context(_joined(os.environ["RAY_ADDRESS"], options))

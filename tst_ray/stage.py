@@ -47,7 +47,7 @@ from tst_ray.interrupts import Interrupts
 from tst_ray.job import DONE, FAILED_SAVES, GROW, INTERRUPT, PREEMPTION, Ended, Job, Place
 from tst_ray.journal import charge, clear_stop, read_state, request_stop
 from tst_ray.metrics import EVENT_FIELDS, EVENTS, try_event
-from tst_ray.nodes import ASK_AGAIN_S, draining_nodes, own_node
+from tst_ray.nodes import ASK_AGAIN_S, draining_nodes, lost_nodes, own_node
 from tst_ray.plan import Phase
 from tst_ray.room import Room, steadily
 from tst_ray.sight import Sight
@@ -222,6 +222,7 @@ class Stage:
         now = patiently(lambda: read_state(self.run))
         progress = now.get("attempt_from", 0) > before.get("attempt_from", -1)
         begun = now.get("attempt", 0) > before.get("attempt", 0)
+        nodes = now.get("nodes", ()) if begun else ()
         self.failures = 1 if failure.started and progress else self.failures + 1
         try_event(
             self.run,
@@ -231,7 +232,7 @@ class Stage:
             attempt=now.get("attempt", 0),
             step=now.get("step", 0),
             in_a_row=self.failures,
-            node=laid_to(failure.ranks, now.get("nodes", ()) if begun else ()),
+            node=laid_to(failure.ranks, nodes, lost_nodes(nodes)),
             costs_s=round(self._growing.start_s, 1),
         )
         charge(self.run, "restart")
@@ -279,7 +280,7 @@ class Stage:
         least = self.room.least
         steadily(self.room.sight.look)
         self._leave_out()
-        self.room.ask()
+        self.room.ask(self.room.most)
         steadily(lambda: self.room.sight.settle(self._need_not_wait))
         self._heed_interrupt()
         room = steadily(self.room.now)
@@ -299,7 +300,7 @@ class Stage:
                 if time.monotonic() - asked_at > ASK_AGAIN_S:
                     asked_at = time.monotonic()
                     self._leave_out()  # fewer others may be left, and the node do after all
-                    self.room.ask()
+                    self.room.ask(self.room.most)
         before = patiently(lambda: read_state(self.run)).get("world_size")
         if self._attempts and before != room:
             try_event(self.run, "resize", step=newest_step(self.run), workers=room, before=before)

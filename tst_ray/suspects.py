@@ -19,13 +19,21 @@ MEMORY_S = 24 * 3600.0
 Events = Sequence[Mapping[str, Any]]
 
 
-def laid_to(failed: Mapping[int, str | None], nodes: Sequence[str]) -> str | None:
-    """The node that a failure is laid to: the one where all ranks that failed were, if there is.
+def laid_to(
+    failed: Mapping[int, str | None], nodes: Sequence[str], lost: Collection[str] = ()
+) -> str | None:
+    """The node that a failure is laid to: the one that was lost, if one was; else the one where all
+    ranks that failed were, if there is.
+
+    Ranks of other nodes may fail first, of waiting for one on the node that was lost.
 
     Args:
         failed: of each rank that failed, the node, where the failure says it.
         nodes: each rank's node, as the group told it; empty where it ended before.
+        lost: those of these nodes that are lost.
     """
+    if lost:
+        return next(iter(lost)) if len(lost) == 1 else None
     found = {node or (nodes[rank] if rank < len(nodes) else None) for rank, node in failed.items()}
     return found.pop() if len(found) == 1 else None
 

@@ -34,7 +34,7 @@ from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
 from tst_ray.model import SuperpositionLM, build_model, join_group
 from tst_ray.model_config import hf_config
-from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
+from tst_ray.optim import build_optimizer, clip_grad_norm, own_groups, set_lr
 from tst_ray.plan import Phase
 from tst_ray.saving import Saving
 from tst_ray.speed import Speed
@@ -294,12 +294,13 @@ class Trainer:
     def _load(self, info: CheckpointInfo) -> None:
         state = full_state(self.model, self.optimizer)
         self.saving.load(info, state)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        with own_groups(self.optimizer):
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
 
     def _begin(self, step: int, in_memory: bool) -> None:
         """Open the journal, and take up what the guard and the roll-backs before left."""

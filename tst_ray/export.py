@@ -49,8 +49,9 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
 
     from pipelines.manifest import Manifest
     from pipelines.tokenizer import check_tokenizer
+    from tst_ray.exported import write_for_both
     from tst_ray.model import build_model
-    from tst_ray.model_config import hf_config
+    from tst_ray.model_config import generation_config, hf_config
     from tst_ray.sharded import read_full
 
     transformers_logging.disable_progress_bar()
@@ -74,6 +75,7 @@ def export_run(run: Storage, folder: str | None = None, step: int | None = None)
     with tempfile.TemporaryDirectory() as scratch:
         model.hf_model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        write_for_both(Path(scratch), generation_config(section, plan.get("model")))
         _publish(Path(scratch), Storage(target), is_ours=folder is None)
     return info.step, target
 

@@ -74,7 +74,9 @@ def make_model(config: Any, device: str, weights: bool = True) -> Any:
 
     try:
         with torch.device(device), nullcontext() if weights else _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # whatever a model class raises about its configuration
         if "attention implementation" in str(error) or isinstance(error, ImportError):
             raise ConfigError(

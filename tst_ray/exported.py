@@ -136,8 +136,8 @@ def _without_type(value: Any) -> Any:
 
 
 def older_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's configuration under names that both versions know."""
-    fields = dict(fields)
+    """A tokenizer's configuration under names that both versions know; without code of its own."""
+    fields = {name: value for name, value in fields.items() if name != "auto_map"}
     if fields.get("tokenizer_class") == _NEW_CLASS:
         fields["tokenizer_class"] = _OLD_CLASS
     if isinstance(fields.get("extra_special_tokens"), list):  # version 4 has a mapping there

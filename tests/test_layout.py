@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIST = """
     errors derived_fields settings checks config timeouts goodput plan estimates storage
-    corpus chunked_loss bag_kernels superposition model_config trial architecture pretrained
+    corpus chunked_loss bag_kernels superposition router model_config trial architecture pretrained
     model optim checkpoint sharded checkpointer guard background curves metrics watchdog
     journal job batches speed saving worker elastic suspects network interrupts forkclient
     forkserver nodes session hold runstore sight memory reading group room growth stage
-    display preview reference exported export tasks coordinator report bench cli run
+    display shape preview reference exported export tasks coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

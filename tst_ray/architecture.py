@@ -100,7 +100,7 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def _outline(config: Any) -> Any:
+def outline(config: Any) -> Any:
     """The model on the meta device, whether or not this machine has its attention's kernels."""
     if config._attn_implementation not in ("eager", "sdpa"):
         config = copy.deepcopy(config)
@@ -155,7 +155,7 @@ def describe(config: Any) -> ModelShape:
     Raises:
         ConfigError: the model's class refuses the configuration.
     """
-    model = _outline(config)
+    model = outline(config)
     parts = anatomy(model)
     total = sum(p.numel() for p in model.parameters())
     num_experts, top_k = experts(config)
@@ -277,7 +277,7 @@ def _check_blocks(config: Any, precision: str) -> None:
     """
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"  # the grouped one refuses float32 without storage
-    parts, kind = anatomy(_outline(config)), config.model_type
+    parts, kind = anatomy(outline(config)), config.model_type
 
     def problem(dtype: torch.dtype, by_ids: bool) -> str | None:
         error = try_out(

@@ -46,6 +46,7 @@ from tst_ray.errors import ConfigError
 from tst_ray.estimates import WHOLE_LOGITS_BYTES
 from tst_ray.plan import Phase
 from tst_ray.pretrained import load_pretrained
+from tst_ray.router import balance_weight
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
 from tst_ray.trial import one_text_a_row
 
@@ -85,7 +86,7 @@ class SuperpositionLM(nn.Module):
         self.hf_model = hf_model
         self._scale, self._compile, self._reshard = scale, compile, reshard
         self._num_experts, self._top_k = experts(hf_model.config)
-        self._router_weight = float(getattr(hf_model.config, "router_aux_loss_coef", 0) or 0)
+        self._router_weight = balance_weight(hf_model)
         self.has_router = self._num_experts > 0 and self._router_weight > 0
         # every token of a batch is text: none is padding, whose embedding would not train
         anatomy(hf_model).embedding.padding_idx = None

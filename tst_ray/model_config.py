@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from pipelines.errors import one_line
 from tst_ray.derived_fields import head_fields, layer_fields
 from tst_ray.errors import ConfigError
+from tst_ray.router import BALANCE_WEIGHTS, switch_off
 from tst_ray.settings import ModelConfig, own_fields
 
 GENERATION = "generation_config"
@@ -64,8 +65,8 @@ def hf_config(
     _check_kind(config)
     config._attn_implementation = section.attention
     config.dtype = torch.float32
-    if _no_router_loss(section) and hasattr(config, "router_aux_loss_coef"):
-        config.router_aux_loss_coef = 0.0
+    if _no_router_loss(section):
+        switch_off(config)
     if section.pretrained:
         return config
     if vocab_size is not None:
@@ -356,7 +357,7 @@ def ignored_fields(section: ModelConfig, kept: dict[str, Any] | None = None) -> 
             lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
         elif isinstance(given, int | float) and read != given:
             lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")
-        elif name == "router_aux_loss_coef" and given and _no_router_loss(section):
+        elif name in BALANCE_WEIGHTS and given and _no_router_loss(section):
             said = "output_router_logits is false"
             lines.append(f"model.config.{name} = {given}: it is ignored; {said}")
     return lines

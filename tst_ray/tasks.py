@@ -166,6 +166,7 @@ def check_model(
         model_fields,
         model_remarks,
     )
+    from tst_ray.shape import mixture_remark
 
     cluster = config.cluster
     if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
@@ -180,7 +181,10 @@ def check_model(
     if tokenizer is not None:
         check_tokenizer_fits(config.model, model, tokenizer)
     check_supported(model, latent_length=plan.sequence_length, precision=precision_to_try(config))
-    return model_remarks(config.model, kept, vocab_size), describe(model), fields
+    remarks = model_remarks(config.model, kept, vocab_size)
+    if manifest is None and (unbalanced := mixture_remark(model)):
+        remarks.append(unbalanced)
+    return remarks, describe(model), fields
 
 
 def _tokenizer_ahead(config: Config, kept: dict[str, Any] | None) -> Any:

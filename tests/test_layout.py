@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    errors derived_fields settings checks config timeouts goodput plan estimates storage
+    errors derived_fields settings checks config timeouts goodput plan estimates machine storage
     corpus chunked_loss bag_kernels superposition router model_config trial architecture pretrained
     model optim checkpoint sharded checkpointer guard background curves metrics watchdog
     journal job batches speed saving worker elastic suspects network interrupts forkclient
-    forkserver nodes session hold runstore sight memory reading group room growth stage
+    forkserver nodes host_memory session hold runstore sight memory reading group room growth stage
     display shape preview reference exported export tasks coordinator report bench cli run
 """
 ORDER = LIST.split()

@@ -121,7 +121,7 @@ def begin(
     return Call(function, args) if backend == "inline" else Task(function, args, memory, away)
 
 
-def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
+def store_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
     """Why checkpoints are not kept in memory; None where they take half of it at the most.
 
     Args:

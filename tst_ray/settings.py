@@ -99,6 +99,12 @@ def read_shipped_model(name: str) -> dict[str, Any]:
     return loaded
 
 
+def shipped_values(section: str, name: str) -> list[Any]:
+    """What the shipped configurations set a field to: values that no user need have written."""
+    whole = [yaml.safe_load(path.read_text()) or {} for path in sorted(SHIPPED.glob("*.yaml"))]
+    return [config[section][name] for config in whole if name in config.get(section, {})]
+
+
 def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `model.config` that are not just as a shipped model gives them.
 

@@ -144,7 +144,7 @@ def memory_problem(
     largest = max(host.memory_bytes for host in hosts)
     for size in range(phase.min_workers, most + 1):
         need = 0 if on_gpus else memory_per_worker(shape, plan, phase, size, train)["total"]
-        fitting = sum(min(h.places, int(h.memory_bytes / max(need, 1))) for h in hosts)
+        fitting = sum(int(min(h.places, h.memory_bytes / max(need, 1))) for h in hosts)
         whole = whole_model_bytes(shape, 1 if on_gpus else size)
         if fitting >= size and whole <= largest:
             return None

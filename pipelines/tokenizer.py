@@ -73,11 +73,12 @@ def load_tokenizer(name: str, remedy: str = _NAME_ANOTHER) -> Any:
 
     try:
         with _local_copy(name) as folder:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of its library
-        raise DataError(
-            f"tokenizer {name}: cannot be loaded ({one_line(error)}); {remedy}"
-        ) from error
+        why = one_line(error)
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own (auto_map), which is not run here"
+        raise DataError(f"tokenizer {name}: cannot be loaded ({why}); {remedy}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"tokenizer {name}: has no fast version (tokenizer.json); choose another")
     if tokenizer.eos_token_id is None:
@@ -135,6 +136,17 @@ def _sha256(backend: Any) -> str:
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest token id: what embedding and head must hold."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def text_vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id that a text, or its end, becomes.
+
+    Special tokens are no text, whatever is written there, but for the one that ends it.
+    """
+    added = tokenizer.added_tokens_decoder
+    special = {token for token, known in added.items() if known.special}
+    ids = {*tokenizer.get_vocab().values()} - special
+    return max(ids | {tokenizer.eos_token_id}) + 1
 
 
 def tokenizer_identity(name: str, vocab_size: int) -> dict[str, Any]:

@@ -97,11 +97,12 @@ def test_model_spellings_mean_the_same() -> None:
 
 
 def test_model_fields_change_a_shipped_model() -> None:
-    overrides = ["--model=paper-270m", "--model.config.hidden_size=128"]
+    overrides = ["--model=paper-270m", "--model.config.hidden_size=144"]
     for either_order in (overrides, overrides[::-1]):
         assert load_config(None, either_order).model.config == {
             **read_shipped_model("paper-270m"),
-            "hidden_size": 128,
+            "hidden_size": 144,
+            "head_dim": 16,  # it follows
         }
     assert load_config(None, ["--model.config.num_hidden_layers=3"]).model.config == {
         **read_shipped_model("demo-0.4m"),
@@ -386,6 +387,7 @@ def changed(*overrides: str) -> list[str]:
 def test_diff_names_what_would_change_the_run() -> None:
     assert changed("--train.batch_size=32", "--model.config.hidden_size=48") == [
         "model.config.hidden_size: run has 96, now 48",
+        "model.config.head_dim: run has 32, now 16",
         "train.batch_size: run has 16, now 32",
     ]
     assert changed("--data.sources=[python-stdlib, more]") == [

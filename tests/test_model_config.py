@@ -10,6 +10,7 @@ from tests.test_bad_input import arguments
 from tests.test_runs import write_text
 from tst_ray.architecture import check_supported
 from tst_ray.cli import main
+from tst_ray.config import load_config
 from tst_ray.errors import ConfigError
 from tst_ray.model import build_model
 from tst_ray.model_config import hf_config, ignored_fields, ignored_vocabulary
@@ -71,6 +72,18 @@ def test_another_vocabulary_than_the_tokenizers_is_told() -> None:
     assert ignored_vocabulary(section(config=config), 32_000) == []
     assert ignored_vocabulary(section(config={}), 8_192) == []
     assert ignored_vocabulary(section(config=config, pretrained=True, source="x"), 8_192) == []
+
+
+def test_what_a_shipped_model_says_is_not_the_users() -> None:
+    demo = load_config(None).model
+    assert ignored_vocabulary(demo, 2_000) == []
+    assert ignored_vocabulary(load_config(None, ["--model=paper-270m"]).model, 2_000) == []
+    changed = load_config(None, ["--model.config.hidden_size=64"]).model
+    assert ignored_vocabulary(changed, 2_000) == []
+    own = load_config(None, ["--model.config.vocab_size=512"]).model
+    assert "vocab_size = 512: it is ignored" in ignored_vocabulary(own, 2_000)[0]
+    no_loss = ["--model=paper-10b-a1b", "--model.config.output_router_logits=false"]
+    assert ignored_fields(load_config(None, no_loss).model) == []
 
 
 def test_a_run_tells_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

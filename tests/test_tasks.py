@@ -14,7 +14,7 @@ from tst_ray.elastic import Node
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.estimates import ModelShape
 from tst_ray.plan import build_plan
-from tst_ray.tasks import begin, check_model, memory_problem
+from tst_ray.tasks import begin, check_model, store_problem
 
 GIB = 2.0**30
 
@@ -31,11 +31,11 @@ def test_checkpoints_in_memory_take_half_of_the_object_stores_at_the_most(
     shape: ModelShape,
 ) -> None:
     billion = replace(shape, parameters=2**30)  # 12 GiB each; two kept and one on its way
-    assert memory_problem(billion, [72 * GIB]) is None  # on one node, once
-    assert memory_problem(billion, [36 * GIB] * 4) is None  # on several, twice
-    told = memory_problem(billion, [35 * GIB] * 4)
+    assert store_problem(billion, [72 * GIB]) is None  # on one node, once
+    assert store_problem(billion, [36 * GIB] * 4) is None  # on several, twice
+    told = store_problem(billion, [35 * GIB] * 4)
     assert told is not None and "would take 72.0 GiB" in told and "have 140.0;" in told
-    assert memory_problem(shape, [GIB]) is None  # the demo, where Ray has a single gibibyte
+    assert store_problem(shape, [GIB]) is None  # the demo, where Ray has a single gibibyte
 
 
 class Ray:

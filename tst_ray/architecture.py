@@ -74,7 +74,9 @@ def make_model(config: Any, device: str, weights: bool = True) -> Any:
 
     try:
         with torch.device(device), nullcontext() if weights else _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # whatever a model class raises about its configuration
         if "attention implementation" in str(error) or isinstance(error, ImportError):
             raise ConfigError(
@@ -98,7 +100,7 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def _outline(config: Any) -> Any:
+def outline(config: Any) -> Any:
     """The model on the meta device, whether or not this machine has its attention's kernels."""
     if config._attn_implementation not in ("eager", "sdpa"):
         config = copy.deepcopy(config)
@@ -153,7 +155,7 @@ def describe(config: Any) -> ModelShape:
     Raises:
         ConfigError: the model's class refuses the configuration.
     """
-    model = _outline(config)
+    model = outline(config)
     parts = anatomy(model)
     total = sum(p.numel() for p in model.parameters())
     num_experts, top_k = experts(config)
@@ -275,7 +277,7 @@ def _check_blocks(config: Any, precision: str) -> None:
     """
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"  # the grouped one refuses float32 without storage
-    parts, kind = anatomy(_outline(config)), config.model_type
+    parts, kind = anatomy(outline(config)), config.model_type
 
     def problem(dtype: torch.dtype, by_ids: bool) -> str | None:
         error = try_out(

@@ -42,6 +42,7 @@ from tst_ray.environment import check_environment, cluster_address
 from tst_ray.errors import Interrupted, RunError, last_line
 from tst_ray.goodput import Account
 from tst_ray.hold import Hold
+from tst_ray.host_memory import check_memory
 from tst_ray.job import Job
 from tst_ray.journal import charge, read_state, update_state
 from tst_ray.metrics import EVENTS, add_event, one_line_a_step, try_event, write_hparams
@@ -60,7 +61,7 @@ from tst_ray.settings import Config
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.stage import Stage
 from tst_ray.storage import Storage, patiently
-from tst_ray.tasks import Call, begin, check_model, export_model, memory_problem
+from tst_ray.tasks import Call, begin, check_model, export_model, store_problem
 
 Say = Callable[[str], None]
 Quiet = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -295,9 +296,10 @@ class Coordinator:
 
     def _drive(self, run: Storage, backend: str, check: Call) -> Outcome:
         starting = self._starting(run)
-        remarks, _, model = self._result(run, check, starting)
+        remarks, shape, model = self._result(run, check, starting)
         for remark in remarks:
             self.say(remark)
+        check_memory(self.config, self.plan, shape, newest_step(run))
         manifest = self._corpus_of(run, backend)
         check = self._begin_check(backend, model, manifest)
         remarks, shape, _ = self._result(run, check, starting)
@@ -305,7 +307,7 @@ class Coordinator:
             self.say(remark)
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
-            if problem := memory_problem(shape, stores):
+            if problem := store_problem(shape, stores):
                 self.say(problem)
                 self.vaults = None
         self._charge(run, starting)

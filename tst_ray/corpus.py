@@ -22,7 +22,7 @@ from pipelines.tokenize import prepare, prepared_folder
 from pipelines.tokenizer import check_tokenizer
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
-from tst_ray.settings import Config
+from tst_ray.settings import Config, shipped_values
 from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
@@ -76,12 +76,12 @@ def _unevaluated(config: Config, manifest: Manifest) -> str | None:
 
 
 def _ignored(config: Config, manifest: Manifest) -> list[str]:
-    """Settings that were given and are not those that the prepared shards were made with."""
+    """Settings of the user that are not those that the prepared shards were made with."""
     made = {**manifest.settings, "vocab_size": manifest.settings.get("tokenizer", {}).get("train")}
     lines = []
     for name in ("row_tokens", "undecodable", "validation_share", "vocab_size"):
         value, default = getattr(config.data, name), type(config.data).model_fields[name].default
-        if value not in (made.get(name), default):
+        if value not in (made.get(name), default, *shipped_values("data", name)):
             lines.append(
                 f"data.{name} = {value}: is ignored with data.prepared; the shards were made with "
                 f"{made.get(name) or 'none'}"

@@ -8,6 +8,7 @@ Estimates say how they are made, and what they were measured against.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tst_ray.plan import Phase, Plan, batch_split
@@ -109,6 +110,87 @@ def memory_per_worker(
         "tokens": TOKEN_BYTES * rows * (phase.data_length + phase.lookahead),
     }
     return memory | {"total": sum(memory.values())}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine for workers: bytes of memory that they may use, and room for how many."""
+
+    memory_bytes: float
+    places: int
+
+
+def memory_problem(
+    shape: ModelShape,
+    plan: Plan,
+    phase: Phase,
+    train: TrainConfig,
+    hosts: Sequence[Host],
+    *,
+    on_gpus: bool = False,
+) -> str | None:
+    """Why no allowed number of workers has the memory to train a phase; None if one has.
+
+    Rank 0 makes the whole model, before it is shared out, in the memory of one of the hosts.
+
+    Args:
+        on_gpus: whether workers train in the memory of GPUs (`gpu_problem`), not in the hosts'.
+
+    Returns:
+        a line with what is needed, what there is and the remedy.
+    """
+    places = sum(host.places for host in hosts)
+    most = max(min(phase.max_workers, places), phase.min_workers)
+    largest = max(host.memory_bytes for host in hosts)
+    for size in range(phase.min_workers, most + 1):
+        need = 0 if on_gpus else memory_per_worker(shape, plan, phase, size, train)["total"]
+        fitting = sum(int(min(h.places, h.memory_bytes / max(need, 1))) for h in hosts)
+        whole = whole_model_bytes(shape, 1 if on_gpus else size)
+        if fitting >= size and whole <= largest:
+            return None
+    if whole > largest:
+        needs = f"making the whole model takes {_gib(whole)} GiB on one machine"
+    elif len(hosts) == 1:
+        needs = f"{_workers(most)} about {_gib(need * most)} GiB"
+    else:
+        needs = f"{_workers(most)} about {_gib(need)} GiB each"
+    where = "this machine has" if len(hosts) == 1 else "the largest node has"
+    return (
+        f"model: phase {phase.index + 1} does not fit into memory: {needs}, and {where} "
+        f"{_gib(largest)} GiB; {_SMALLER}, or train on more or larger machines"
+    )
+
+
+def gpu_problem(
+    shape: ModelShape, plan: Plan, phase: Phase, size: int, train: TrainConfig, gpu_bytes: int
+) -> str | None:
+    """Why a phase does not fit into the memory of a worker's GPU, as `memory_problem` says it."""
+    need = memory_per_worker(shape, plan, phase, size, train)["total"]
+    if need <= gpu_bytes:
+        return None
+    return (
+        f"model: phase {phase.index + 1} does not fit into memory: each of {size} worker(s) needs "
+        f"about {_gib(need)} GiB, and its GPU has {_gib(gpu_bytes)} GiB; {_SMALLER}, or train on "
+        "more or larger GPUs"
+    )
+
+
+_SMALLER = (
+    "give a smaller model, set train.micro_batch_size=1 and train.activation_checkpointing=true"
+)
+
+
+def _workers(count: int) -> str:
+    return "one worker needs" if count == 1 else f"{count} workers need"
+
+
+def whole_model_bytes(shape: ModelShape, world_size: int) -> int:
+    """Bytes that rank 0 holds once while it shares out the model that it has made, float32."""
+    return 4 * shape.parameters + (4 * shape.parameters // world_size if world_size > 1 else 0)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f}"
 
 
 MEMORY_KEEP = 2

@@ -54,8 +54,9 @@ def export_run(
 
     from pipelines.manifest import Manifest
     from pipelines.tokenizer import check_tokenizer
+    from tst_ray.exported import write_for_both
     from tst_ray.model import build_model
-    from tst_ray.model_config import hf_config
+    from tst_ray.model_config import generation_config, hf_config
     from tst_ray.sharded import read_full
 
     transformers_logging.disable_progress_bar()
@@ -79,6 +80,7 @@ def export_run(
     with tempfile.TemporaryDirectory() as scratch:
         model.hf_model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        write_for_both(Path(scratch), generation_config(section, plan.get("model")))
         _publish(Path(scratch), Storage(target), is_ours=folder is None)
     return info.step, target
 
@@ -107,8 +109,8 @@ def _sample(folder: str, num_samples: int, length: int) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     longest = getattr(model.config, "max_position_embeddings", None) or length + 1
     torch.manual_seed(0)
     prompt = torch.full((num_samples, 1), tokenizer.eos_token_id)
@@ -173,13 +175,26 @@ def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:
         )
     fresh = place.with_name(f".{place.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(scratch, fresh)
+    _copy(scratch, fresh)
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
     fresh.rename(place)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder's contents, not its modes: others may read it if the umask lets them.
+
+    Temporary folders are their owner's alone, and safetensors makes its files so.
+    """
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def _others(place: Path, written: set[str]) -> list[str]:

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from pipelines.errors import one_line
 from tst_ray.architecture import (
     anatomy,
     embedding_scale,
@@ -46,6 +45,8 @@ from tst_ray.chunked_loss import chunked_cross_entropy, rows_within
 from tst_ray.errors import ConfigError
 from tst_ray.estimates import WHOLE_LOGITS_BYTES
 from tst_ray.plan import Phase
+from tst_ray.pretrained import load_pretrained
+from tst_ray.router import balance_weight
 from tst_ray.superposition import bag_weights, embed_bags, linear_multi_hot_cross_entropy
 from tst_ray.trial import one_text_a_row
 
@@ -85,7 +86,7 @@ class SuperpositionLM(nn.Module):
         self.hf_model = hf_model
         self._scale, self._compile, self._reshard = scale, compile, reshard
         self._num_experts, self._top_k = experts(hf_model.config)
-        self._router_weight = float(getattr(hf_model.config, "router_aux_loss_coef", 0) or 0)
+        self._router_weight = balance_weight(hf_model)
         self.has_router = self._num_experts > 0 and self._router_weight > 0
         # every token of a batch is text: none is padding, whose embedding would not train
         anatomy(hf_model).embedding.padding_idx = None
@@ -347,34 +348,7 @@ def _create(config: Any, pretrained: str | None, seed: int) -> Any:
     if pretrained is None:
         with seeded(seed):
             return make_model(config, "cpu")
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            pretrained,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
-    except Exception as error:  # safetensors' own is none of Python's
-        raise ConfigError(
-            f"model.source = {pretrained!r}: its weights do not load: {one_line(error)}"
-        ) from error
-    parts = anatomy(model)
-    if config.tie_word_embeddings and parts.head.weight is not parts.embedding.weight:
-        # transformers lets the file win, and a resume, which has none, the configuration
-        raise ConfigError(
-            f"model.source = {pretrained!r}: its input and output embeddings differ, but the "
-            "configuration ties them; set model.config.tie_word_embeddings=false"
-        )
-    absent = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
-    if absent:
-        raise ConfigError(
-            f"model.source = {pretrained!r}: {len(absent)} of the model's weights are missing or "
-            f"of another shape there, {absent[0]} the first; remove the changes in model.config"
-        )
-    return model
+    return load_pretrained(config, pretrained)
 
 
 def _first_problem(mine: str | None) -> str | None:

@@ -11,15 +11,25 @@ from __future__ import annotations
 
 import difflib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from pipelines.errors import one_line
+from tst_ray.derived_fields import head_fields, layer_fields
 from tst_ray.errors import ConfigError
-from tst_ray.settings import ModelConfig
+from tst_ray.router import BALANCE_WEIGHTS, switch_off
+from tst_ray.settings import ModelConfig, own_fields
 
+GENERATION = "generation_config"
+"""The name under which the fields that a run keeps have the source's generation_config.json."""
+
+_LAYERS = "num_hidden_layers"
+_QUANTIZED = ("quantization_config", "compression_config")
+# What a source says of its files: how weights are packed, where code is; of no model made here.
+_OF_THE_WEIGHTS = (*_QUANTIZED, "auto_map", GENERATION)
 _READ_OF_ANY = ("head_dim",)  # models read it where their configuration has no such field
 # Older spellings of what is in `rope_parameters` now; beside it, transformers ignores them.
 _ROPE_SPELLINGS = {
@@ -40,7 +50,7 @@ def hf_config(
     """The transformers configuration that a model section means.
 
     From scratch, the vocabulary and the end-of-text token are the tokenizer's. A pretrained model
-    keeps its own vocabulary, which the tokenizer must fit into.
+    keeps its own vocabulary, which the tokenizer must fit into (`check_tokenizer_fits`).
 
     Args:
         section: source, config, pretrained, attention.
@@ -55,15 +65,9 @@ def hf_config(
     _check_kind(config)
     config._attn_implementation = section.attention
     config.dtype = torch.float32
-    if _no_router_loss(section) and hasattr(config, "router_aux_loss_coef"):
-        config.router_aux_loss_coef = 0.0
+    if _no_router_loss(section):
+        switch_off(config)
     if section.pretrained:
-        if vocab_size is not None and vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"data.tokenizer: has {vocab_size} tokens, more than the {config.vocab_size} that "
-                f"the pretrained model {section.source} knows; use that model's own tokenizer, "
-                f"data.tokenizer={section.source}"
-            )
         return config
     if vocab_size is not None:
         config.vocab_size = vocab_size
@@ -96,7 +100,52 @@ def model_fields(section: ModelConfig) -> dict[str, Any]:
         ConfigError: see `hf_config`.
     """
     fields: dict[str, Any] = json.loads(json.dumps(_read(section).to_dict()))
+    if section.pretrained and (generation := _read_generation(str(section.source))):
+        fields[GENERATION] = generation
     return fields
+
+
+def generation_config(section: ModelConfig, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a source whose weights a run began with says of generation; None if that is nothing.
+
+    Args:
+        kept: see `hf_config`; a run of an older version kept none.
+    """
+    if not section.pretrained:
+        return None
+    return (kept or {}).get(GENERATION) or _read_generation(str(section.source))
+
+
+def _read_generation(source: str) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, f"{GENERATION}.json")
+        found = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # most folders have none
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_tokenizer_fits(section: ModelConfig, config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose texts have tokens that a pretrained model has no place for.
+
+    A special token beyond the model's table, as Gemma 3's <image_soft_token> is, is in no text.
+
+    Args:
+        config: the model's, from `hf_config`.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    from pipelines.tokenizer import text_vocabulary_size
+
+    if section.pretrained and (size := text_vocabulary_size(tokenizer)) > config.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer: texts become up to {size} different tokens, and the pretrained model "
+            f"{section.source} has a table of {config.vocab_size}; use the tokenizer that it was "
+            "trained with"
+        )
 
 
 def model_remarks(
@@ -133,19 +182,15 @@ def changed_fields(section: ModelConfig, kept: dict[str, Any]) -> list[str]:
 
 
 def _read(section: ModelConfig) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     changes, base_fields = dict(section.config), {}
     if section.source is not None:
-        try:
-            base = AutoConfig.from_pretrained(section.source)
-        except Exception as error:  # whatever a configuration class raises about its file
-            raise ConfigError(
-                f"model.source = {section.source!r}: not a Hugging Face folder or id that could "
-                f"be read ({one_line(error)}); give a folder with config.json, an id, or "
-                "model.config"
-            ) from error
+        base = _read_source(section.source)
+        if section.pretrained:
+            _check_not_quantized(section.source, base)
         base_fields = {"model_type": base.model_type, **base.to_dict()}
+        changes = {**_derived(base, base_fields, changes), **changes}
     changes = {**base_fields, **_with_rope(changes, base_fields)}
     if "model_type" not in changes:
         raise ConfigError(
@@ -161,11 +206,69 @@ def _read(section: ModelConfig) -> Any:
     return _made({"model_type": model_type, **changes})
 
 
+def _read_source(source: str) -> Any:
+    """The configuration of a folder or an id; code that comes with it is never run."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration class raises about its file
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model.source = {source!r}: its model needs code of its own (auto_map in "
+                "config.json), which is not run here; give a model that transformers itself has"
+            ) from error
+        raise ConfigError(
+            f"model.source = {source!r}: not a Hugging Face folder or id that could be read "
+            f"({one_line(error)}); give a folder with config.json, an id, or model.config"
+        ) from error
+
+
+def _check_not_quantized(source: str, base: Any) -> None:
+    for name in _QUANTIZED:
+        if packed := getattr(base, name, None):
+            how = packed.get("quant_method") if isinstance(packed, dict) else None
+            raise ConfigError(
+                f"model.source = {source!r}: its weights are quantized ({how or name}), and are "
+                "trained as float32 here; give the model that they were made from, or set "
+                "model.pretrained=false to train from scratch"
+            )
+
+
+def _derived(base: Any, fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """What of a source's fields follows from those that are changed, and is not given itself.
+
+    Raises:
+        ConfigError: there are to be more layers than its lists have entries for.
+    """
+    name = base.attribute_map.get(_LAYERS, _LAYERS)
+    count, num_layers = fields.get(name), changes.get(name, changes.get(_LAYERS))
+    follows = head_fields(fields, changes)
+    if type(count) is not int or type(num_layers) is not int or num_layers < 1:
+        return follows
+
+    def of_layers(layers: int) -> dict[str, Any]:
+        rest = {k: v for k, v in fields.items() if not isinstance(v, list | tuple)}
+        try:
+            made: dict[str, Any] = _made({**rest, name: layers}).to_dict()
+        except ConfigError:
+            return {}
+        return made
+
+    lists, too_short = layer_fields(fields, count, num_layers, of_layers)
+    if missing := [one for one in too_short if one not in changes]:
+        raise ConfigError(
+            f"model.config.{_LAYERS} = {num_layers}: the source has {', '.join(missing)} for its "
+            f"{count} layers only; give model.config.{missing[0]} for all {num_layers}"
+        )
+    return {**follows, **lists}
+
+
 def _made(fields: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**fields)
+        return AutoConfig.for_model(**{k: v for k, v in fields.items() if k not in _OF_THE_WEIGHTS})
     except Exception as error:  # whatever a configuration class raises about its fields
         raise ConfigError(f"model.config: {one_line(error)}") from error
 
@@ -245,7 +348,7 @@ def ignored_fields(section: ModelConfig, kept: dict[str, Any] | None = None) -> 
     known = {*default.to_dict(), *default.attribute_map, *_READ_OF_ANY}
     rope = getattr(made, "rope_parameters", None) or {}
     lines = []
-    for name, given in section.config.items():
+    for name, given in own_fields(section.config).items():
         read = vars(made).get(made.attribute_map.get(name, name), given)
         is_known = name not in vars(made) or name in known or hasattr(default, name)
         if (new := _ROPE_SPELLINGS.get(name)) in rope:
@@ -254,7 +357,7 @@ def ignored_fields(section: ModelConfig, kept: dict[str, Any] | None = None) -> 
             lines.append(f"model.config.{name}: {kind} has no such field; it is ignored")
         elif isinstance(given, int | float) and read != given:
             lines.append(f"model.config.{name} = {given}: it is ignored; {kind} makes it {read}")
-        elif name == "router_aux_loss_coef" and given and _no_router_loss(section):
+        elif name in BALANCE_WEIGHTS and given and _no_router_loss(section):
             said = "output_router_logits is false"
             lines.append(f"model.config.{name} = {given}: it is ignored; {said}")
     return lines
@@ -262,7 +365,7 @@ def ignored_fields(section: ModelConfig, kept: dict[str, Any] | None = None) -> 
 
 def ignored_vocabulary(section: ModelConfig, vocab_size: int) -> list[str]:
     """A line where a model from scratch is to have another vocabulary than the tokenizer's."""
-    given = section.config.get("vocab_size")
+    given = own_fields(section.config).get("vocab_size")
     if section.pretrained or given in (None, vocab_size):
         return []
     return [

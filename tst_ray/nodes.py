@@ -10,6 +10,7 @@ both would hang without a word, so `check_capacity` refuses it with the numbers.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
@@ -17,6 +18,7 @@ from itertools import accumulate
 from tst_ray import autoscaler
 from tst_ray.elastic import Node, workers_that_fit
 from tst_ray.errors import RunError
+from tst_ray.estimates import Host
 from tst_ray.plan import Plan
 from tst_ray.settings import Config
 
@@ -163,6 +165,22 @@ def nodes_for_workers(config: Config, without: Collection[str] = ()) -> list[Nod
     """The nodes that could have a worker: no head without CPUs, nor one without GPUs for those."""
     per_worker = worker_resources(config)
     return [node for node in living_nodes(without) if node.places(per_worker)]
+
+
+def hosts_of_workers(config: Config) -> list[Host]:
+    """The nodes that could have a worker, with their memory as Ray found it when they joined.
+
+    Of it Ray sets a part aside for its object store, which is filled only as it is needed.
+    """
+    per_worker = worker_resources(config)
+    kinds = ("memory", "object_store_memory")
+    return [
+        Host(
+            sum(node.resources.get(kind, 0.0) for kind in kinds) or math.inf,
+            node.places(per_worker),
+        )
+        for node in nodes_for_workers(config)
+    ]
 
 
 def object_stores(config: Config, workers: int) -> list[float]:

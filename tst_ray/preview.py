@@ -26,6 +26,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
     """
     from tst_ray.architecture import check_supported, describe, precision_to_try
     from tst_ray.model_config import hf_config
+    from tst_ray.shape import mixture_remark
 
     plan = build_plan(config)
     manifest = find_prepared(config)
@@ -43,6 +44,7 @@ def plan_facts(config: Config) -> dict[str, Any]:
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
         "vocab_size": shape.vocab_size,
+        "remark": mixture_remark(model_config),
         "total_steps": plan.total_steps,
         "total_data_tokens": plan.total_data_tokens,
         "total_latent_tokens": plan.total_latent_tokens,
@@ -113,6 +115,8 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
     active = facts["active_parameters"]
     extra = f", {active:,} active" if active != facts["parameters"] else ""
     say(f"model      {facts['parameters']:,} parameters{extra}, vocabulary {facts['vocab_size']:,}")
+    if facts["remark"]:
+        say(f"           {facts['remark']}")
     say(
         f"run        {facts['total_steps']:,} steps, "
         f"{short_number(facts['total_data_tokens'])} data tokens "

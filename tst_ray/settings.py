@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from tst_ray.derived_fields import head_fields
+
 SHIPPED = Path(__file__).parent / "configs"
 DEMO_MODEL = "demo-0.4m"
 STDLIB = "python-stdlib"
@@ -95,6 +97,26 @@ def read_shipped_model(name: str) -> dict[str, Any]:
     """The Hugging Face configuration of a shipped model."""
     loaded: dict[str, Any] = yaml.safe_load((SHIPPED / "models" / f"{name}.yaml").read_text())
     return loaded
+
+
+def shipped_values(section: str, name: str) -> list[Any]:
+    """What the shipped configurations set a field to: values that no user need have written."""
+    whole = [yaml.safe_load(path.read_text()) or {} for path in sorted(SHIPPED.glob("*.yaml"))]
+    return [config[section][name] for config in whole if name in config.get(section, {})]
+
+
+def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `model.config` that are not just as a shipped model gives them.
+
+    Where such a model is changed its other fields stand there, too, which the user has not written.
+    """
+    for name in shipped_models():
+        base = read_shipped_model(name)
+        if base.keys() <= config.keys() and base["model_type"] == config["model_type"]:
+            given = {k: v for k, v in config.items() if k not in base or base[k] != v}
+            if len(given) < len(config) / 2:
+                return given
+    return dict(config)
 
 
 def spell_out_model(value: Any) -> Any:
@@ -174,7 +196,9 @@ class ModelConfig(_Section):
             return value
         source = value.get("source") or DEMO_MODEL
         if source in shipped_models():
-            return {**value, "source": None, "config": {**read_shipped_model(source), **config}}
+            base = read_shipped_model(source)
+            whole = {**base, **head_fields(base, config), **config}
+            return {**value, "source": None, "config": whole}
         return {**value, "source": source}
 
 

@@ -20,6 +20,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +43,9 @@ from tst_ray import dcp_metadata
 from tst_ray.storage import Storage
 
 log = logging.getLogger(__name__)
+
+# A process alone saves and loads by itself here, as it is meant to; torch warns even if told so.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 _SCRATCH = "tst-ray-checkpoint-"
 _PIECE_BYTES = 16 << 20  # hashed at a time

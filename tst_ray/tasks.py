@@ -9,9 +9,11 @@ model folder, are the work of a node with a CPU. Others may hold every CPU, for 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.estimates import ModelShape, memory_checkpoint_bytes
@@ -120,7 +122,7 @@ def begin(
     return Call(function, args) if backend == "inline" else Task(function, args, memory, away)
 
 
-def memory_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
+def store_problem(shape: ModelShape, stores: Sequence[float]) -> str | None:
     """Why checkpoints are not kept in memory; None where they take half of it at the most.
 
     Args:
@@ -159,7 +161,13 @@ def check_model(
 
     from pipelines.tokenizer import check_tokenizer
     from tst_ray.architecture import check_supported, describe, precision_to_try
-    from tst_ray.model_config import hf_config, model_fields, model_remarks
+    from tst_ray.model_config import (
+        check_tokenizer_fits,
+        hf_config,
+        model_fields,
+        model_remarks,
+    )
+    from tst_ray.shape import mixture_remark
 
     cluster = config.cluster
     if cluster.backend == "inline" and cluster.gpus_per_worker and not torch.cuda.is_available():
@@ -170,10 +178,28 @@ def check_model(
     fields = kept or model_fields(config.model)
     vocab_size, eot_token = (manifest.vocab_size, manifest.eot_token) if manifest else (None, None)
     model = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token, kept=fields)
-    if manifest:
-        check_tokenizer(manifest)
+    tokenizer = check_tokenizer(manifest) if manifest else _tokenizer_ahead(config, kept)
+    if tokenizer is not None:
+        check_tokenizer_fits(config.model, model, tokenizer)
     check_supported(model, latent_length=plan.sequence_length, precision=precision_to_try(config))
-    return model_remarks(config.model, kept, vocab_size), describe(model), fields
+    remarks = model_remarks(config.model, kept, vocab_size)
+    if manifest is None and (unbalanced := mixture_remark(model)):
+        remarks.append(unbalanced)
+    return remarks, describe(model), fields
+
+
+def _tokenizer_ahead(config: Config, kept: dict[str, Any] | None) -> Any:
+    """The tokenizer that a pretrained model's text is to be tokenized with; None if it has been.
+
+    What is wrong with it is told by who tokenizes.
+    """
+    from pipelines.tokenizer import load_tokenizer
+
+    if not config.model.pretrained or kept or config.data.prepared:
+        return None
+    with contextlib.suppress(DataError):
+        return load_tokenizer(config.data.tokenizer)
+    return None
 
 
 def export_model(run_url: str, key_file: str | None = None) -> tuple[int, list[str]]:

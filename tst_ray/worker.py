@@ -32,6 +32,7 @@ from tst_ray.errors import RunError
 from tst_ray.guard import PASSED_OVER, Guard, Rollback, is_finite
 from tst_ray.job import DONE, FAILED_SAVES, ROLLBACK, STOPS, Ended, Job, Place
 from tst_ray.journal import Journal, Writer, read_passed_over, steps_passed_over
+from tst_ray.machine import check_gpu
 from tst_ray.model import SuperpositionLM, build_model, join_group
 from tst_ray.model_config import hf_config
 from tst_ray.optim import build_optimizer, clip_grad_norm, set_lr
@@ -135,6 +136,11 @@ class Trainer:
             eot_token=manifest.eot_token,
             kept=job.model,
         )
+        shape = describe(self.hf_config)
+        if self.device.type == "cuda":
+            done = self.checkpoint.step if self.checkpoint else 0
+            phases = [p for p in self.plan.phases if p.last_step > done]
+            check_gpu(self.device, shape, self.plan, phases, place.world_size, config.train)
         self.model: SuperpositionLM = build_model(
             self.hf_config,
             pretrained=config.model.source if config.model.pretrained else None,
@@ -148,7 +154,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.train)
         self.validation = Validation.load(config, self.plan, manifest, place.rank, place.world_size)
-        self.speed = Speed(self.plan, describe(self.hf_config), place.device, place.world_size)
+        self.speed = Speed(self.plan, shape, place.device, place.world_size)
         self.passed_over: Callable[[int], bool] = lambda step: False
         self.stop_reason: str | None = None
         self._state: dict[str, Any] | None = None

@@ -162,7 +162,8 @@ def _plain(hf: Any, config: Config, phase: Phase, height: int) -> Step:
 
     device = _device()
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).train()
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
+        model.train()
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     blocks = anatomy(model).blocks

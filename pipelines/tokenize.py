@@ -55,10 +55,12 @@ from pipelines.tokenizer import (
     vocabulary_size,
 )
 from pipelines.units import (
+    ENCODING,
     MAX_NAMED_SKIPS,
     Job,
     Record,
     all_shards,
+    is_as_now,
     kept_records,
     record_shards,
     run_inline,
@@ -162,7 +164,8 @@ def prepare(
     )
     corpora = [find_files(spec, (folder, *skip), log) for spec in specs]
     listing = _hash([facts(corpus) for corpus in corpora])
-    if done := _unchanged(folder, {**settings, "listing": listing}):
+    made_with = {**settings, "listing": listing, "encoding": ENCODING}
+    if done := _unchanged(folder, made_with):
         log(f"{folder}: already prepared, nothing has changed")
         return done
     for corpus in corpora:
@@ -190,7 +193,7 @@ def prepare(
             _source(corpus, spec, [r for r in records.values() if r["source"] == spec.name])
             for corpus, spec in zip(corpora, specs, strict=True)
         ),
-        settings={**settings, "listing": listing},
+        settings=made_with,
     )
     # The others were looked at when they were kept. Of tasks elsewhere, a folder that not all nodes
     # share has nothing here.
@@ -355,7 +358,8 @@ def _preparation(folder: str) -> tuple[dict[str, Any], _Recorded]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         if manifest is None:
             raise
-        own = {key: value for key, value in manifest.settings.items() if key != "listing"}
+        of_texts = ("listing", "encoding")
+        own = {key: value for key, value in manifest.settings.items() if key not in of_texts}
         return own, _Recorded(manifest.tokenizer_fingerprint, manifest.eot_token)
 
 
@@ -368,8 +372,15 @@ def _all_records(
 ) -> tuple[dict[str, Record], set[str]]:
     """The record of every unit by its key, in the corpus's order; and which were made now."""
     salt = _hash([settings, asdict(replace(job, folder=""))])  # a folder that moves stays good
-    units = {_hash([salt, facts(unit)]): unit for corpus in corpora for unit in plan_units(corpus)}
-    records = kept_records(job.folder, units)
+    work = [unit for corpus in corpora for unit in plan_units(corpus)]
+    units = {_hash([salt, facts(unit), ENCODING]): unit for unit in work}
+    older = {_hash([salt, facts(unit)]): key for key, unit in units.items()}
+    records = {}
+    for key, record in kept_records(job.folder, {*units, *older}).items():
+        if key in units:
+            records[key] = record
+        elif is_as_now(record, units[older[key]], job):
+            records.setdefault(older[key], record)
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""
     log(f"tokenizing {len(todo):,} units of work{kept}")

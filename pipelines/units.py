@@ -5,7 +5,10 @@
 
 A unit without a record was not finished. A unit's key is a hash of all that its shards depend on,
 so a record found under a wanted key is finished work, as long as its shards are whole. Shards are
-named by it as well: two who prepare one folder at a time write one file only where it is the same.
+named by it as well: two who prepare one folder at a time write one file only if it is the same.
+
+A document that goes on in the other split ends in the one that it leaves: so in each split an
+end-of-text token stands between any two documents.
 """
 
 from __future__ import annotations
@@ -13,25 +16,27 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from pipelines.compression import COMPRESSED
 from pipelines.corpus import Unit, is_held_out
+from pipelines.encoder import plain_encoder, within
 from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.kinds import PLAIN_TEXT, file_kind
 from pipelines.manifest import SPLITS, Shard, damaged_shards
+from pipelines.seams import Part, Seams
 from pipelines.shards import ShardWriter
 from pipelines.storage import below, listed, locate, read_bytes, write_atomically
-from pipelines.texts import LeftOut, Text, read_unit
+from pipelines.texts import PIECE_BYTES, LeftOut, Text, read_unit
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
+ENCODING = 2  # raised if the same text gives other tokens than before
 BATCH_BYTES = 2**21
+ENCODE_LIMIT_S = 60.0  # for a MiB of text; the slowest tokenizers take about one
 MAX_NAMED_SKIPS = 100
 Record = dict[str, Any]
 
@@ -51,18 +56,6 @@ class Job:
     row_tokens: int
     undecodable: str
     max_shard_tokens: int
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str) -> Tokenizer:
-    """The tokenizer for plain text: nothing added or cut, and no text taken for a special token."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
@@ -90,12 +83,14 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
         "num_cut": 0,
         "cut": [],
     }
-    for texts in _batches(read_unit(unit), job, unit, record):
-        for text, tokens in zip(texts, _encode(job, texts), strict=True):
-            held_out = is_held_out(unit.source, text.path, text.index, job.validation_share)
-            writers["validation" if held_out else "train"].add(tokens)
-            record["documents"] += text.ends_document
-            record["text_bytes"] += text.num_bytes
+    seams = Seams(lambda texts, places: _encodings(job, texts, places), job.eot_token)
+    texts = _usable(read_unit(unit), job, unit, record)
+    for batch in _batches(_in_splits(texts, unit.source, job.validation_share)):
+        for routed, ids in zip(batch, _encode(job, seams, batch), strict=True):
+            if ids:
+                writers[routed.split].add(np.array(ids, job.dtype))
+            record["documents"] += routed.text.ends_document
+            record["text_bytes"] += routed.text.num_bytes
     for split, writer in writers.items():
         record[split] = [asdict(shard) for shard in writer.close()]
     filesystem, root = locate(job.folder)
@@ -103,26 +98,57 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
     return record
 
 
-def _batches(
+@dataclass(frozen=True)
+class _Routed:
+    """A text, the split that it goes to, and whether it is its document's last one there."""
+
+    text: Text
+    split: str
+    ends: bool
+
+
+def _usable(
     texts: Iterable[Text | LeftOut], job: Job, unit: Unit, record: Record
-) -> Iterator[list[Text]]:
-    """The readable texts, a few MiB together; the others are counted, or refused."""
-    batch: list[Text] = []
-    num_bytes = 0
+) -> Iterator[Text]:
+    """The readable texts; the others are counted, or refused."""
     for text in texts:
-        if isinstance(text, LeftOut):
-            if job.undecodable == "refuse":
-                raise DataError(
-                    f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "
-                    "or set data.undecodable=skip"
-                )
-            kind = "cut" if text.is_rest else "skipped"
-            record[f"num_{kind}"] += 1
-            if len(record[kind]) < MAX_NAMED_SKIPS:
-                record[kind].append({"path": text.path, "reason": text.reason})
+        if isinstance(text, Text):
+            yield text
             continue
-        batch.append(text)
-        num_bytes += text.num_bytes
+        if job.undecodable == "refuse":
+            raise DataError(
+                f"{below(unit.root, text.path)}: {text.reason}; mend or leave out the file, "
+                "or set data.undecodable=skip"
+            )
+        kind = "cut" if text.is_rest else "skipped"
+        record[f"num_{kind}"] += 1
+        if len(record[kind]) < MAX_NAMED_SKIPS:
+            record[kind].append({"path": text.path, "reason": text.reason})
+
+
+def _in_splits(texts: Iterable[Text], source: str, share: float) -> Iterator[_Routed]:
+    """Each text with its split."""
+    before: _Routed | None = None
+    for text in texts:
+        held_out = is_held_out(source, text.path, text.index, share)
+        split = "validation" if held_out else "train"
+        if before is not None:
+            goes_on = not before.text.ends_document
+            if goes_on and not text.content:  # it only ends what could not be read on
+                split = before.split
+            yield replace(before, ends=not goes_on or split != before.split)
+        before = _Routed(text, split, ends=True)
+    if before is not None:
+        yield before
+
+
+def _batches(texts: Iterable[_Routed]) -> Iterator[list[_Routed]]:
+    """A few MiB of text at a time."""
+    batch: list[_Routed] = []
+    num_bytes = 0
+    for routed in texts:
+        batch.append(routed)
+        num_bytes += routed.text.num_bytes
         if num_bytes >= BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0
@@ -130,32 +156,38 @@ def _batches(
         yield batch
 
 
-def _paths(texts: list[Text]) -> str:
-    """The first file that texts are from, and how many more."""
-    first, *others = dict.fromkeys(text.path for text in texts)
-    return f"{first} or {len(others)} other files" if others else first
-
-
-def _encode(job: Job, texts: list[Text]) -> Iterator[np.ndarray]:
-    """Each text's token ids [n], with the end-of-text token where its document ends."""
-    encoder = _encoder(job.tokenizer_json)
+def _encode(job: Job, seams: Seams, batch: list[_Routed]) -> list[list[int]]:
+    """The token ids that are sure with each text, an end-of-text token where a document ends."""
     try:
-        encodings = encoder.encode_batch_fast(
-            [text.content for text in texts], add_special_tokens=False
-        )
+        return seams.encode([Part(routed.text.content, routed.ends) for routed in batch])
     except MemoryError:
         raise
+    except TimeoutError as error:
+        raise DataError(
+            f"tokenizer {job.folder}/tokenizer: takes more than {ENCODE_LIMIT_S:.0f} s for a "
+            f"megabyte of {_paths(batch)}; its tokenizer.json is at fault (a pattern that tries "
+            "ever more ways): set data.tokenizer to another one"
+        ) from error
     except Exception as error:  # its library raises bare ones
         raise DataError(
-            f"tokenizer {job.folder}/tokenizer: cannot encode {_paths(texts)} "
+            f"tokenizer {job.folder}/tokenizer: cannot encode {_paths(batch)} "
             f"({one_line(error)}); set data.tokenizer to one that knows every character, or has a "
             "token for the unknown"
         ) from error
-    for text, encoding in zip(texts, encodings, strict=True):
-        ids = encoding.ids
-        if text.ends_document:
-            ids.append(job.eot_token)
-        yield np.array(ids, job.dtype)
+
+
+def _paths(batch: list[_Routed]) -> str:
+    """The first file that texts are from, and how many more."""
+    first, *others = dict.fromkeys(routed.text.path for routed in batch)
+    return f"{first} or {len(others)} other files" if others else first
+
+
+def _encodings(job: Job, texts: Sequence[str], with_places: bool) -> Sequence[Any]:
+    """The tokenizer's encodings. Raises TimeoutError, or what its library raises."""
+    encoder = plain_encoder(job.tokenizer_json, job.eot_token)
+    encode = encoder.encode_batch if with_places else encoder.encode_batch_fast
+    limit_s = ENCODE_LIMIT_S * max(1.0, sum(map(len, texts)) / 2**20)
+    return within(limit_s, lambda: encode(list(texts), add_special_tokens=False))
 
 
 # ── all units: in a loop, or through Ray Data ────────────────────────────────────────────────────
@@ -240,6 +272,24 @@ def _finished_records(folder: str, keys: Collection[str]) -> dict[str, Record]:
 
     with ThreadPoolExecutor(16) as pool:
         return {record["key"]: record for record in pool.map(read, found) if record}
+
+
+def is_as_now(record: Record, unit: Unit, job: Job) -> bool:
+    """Whether the record of an older version holds the tokens that the unit would give now.
+
+    They differ in what could not be read, in text files of several pieces, and with tokenizers that
+    found special tokens in texts or drew their merges. Rows of several pieces count as the same:
+    they are rare, and differ in a few tokens at each cut.
+    """
+
+    def is_long(path: str, size: int) -> bool:
+        is_compressed = os.path.splitext(path.lower())[1] in COMPRESSED
+        return file_kind(path) in PLAIN_TEXT and (is_compressed or size > PIECE_BYTES)
+
+    model = json.loads(job.tokenizer_json)["model"]
+    draws = model["type"] != "BPE" or model.get("dropout")
+    left_out = record["num_skipped"] or record.get("num_cut")
+    return not (draws or left_out or any(is_long(file.path, file.size) for file in unit.files))
 
 
 def all_shards(record: Record) -> list[Shard]:

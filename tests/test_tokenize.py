@@ -4,6 +4,7 @@ import filecmp
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines import corpus, texts, units
+from pipelines import corpus, texts, tokenize, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
 from pipelines.errors import DataError, Unreadable
 from pipelines.manifest import Manifest, checksum_problem, verify_shards
@@ -154,7 +155,7 @@ def test_the_manifest_counts_what_there_is(sources: list[SourceSpec], folder: st
             assert split.tokens == sum(shard.tokens for shard in split.shards)
 
 
-def test_a_long_text_has_one_end(
+def test_a_long_text_ends_in_each_split_where_it_goes_on_in_the_other(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One big file still gives its share to the hold-out."""
@@ -162,13 +163,30 @@ def test_a_long_text_has_one_end(
     whole = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(whole)
     manifest = prepared([SourceSpec(str(tmp_path / "a.txt"))], folder, undecodable="refuse")
-    train, held_out = (split_tokens(manifest, "a", split) for split in ("train", "validation"))
-    assert sum((tokens == manifest.eot_token).sum() for tokens in (train, held_out)) == 1
-    assert 0.1 < len(held_out) / (len(train) + len(held_out)) < 0.35
+    train, held_out = (documents(manifest, "a", split) for split in ("train", "validation"))
+    assert 0.1 < len("".join(held_out)) / len(whole) < 0.35
+    assert len(train) > 3 and len(held_out) > 3
+    assert all(document in whole for document in (*train, *held_out))
+    assert "".join(sorted([*train, *held_out], key=whole.index)) == whole
     assert manifest.source("a").documents == 1
-    tokenizer = load_tokenizer(manifest.tokenizer_folder)
-    lines = tokenizer.decode(train).splitlines() + tokenizer.decode(held_out).splitlines()
-    assert sorted(set(lines) - {"<|endoftext|>"}) == sorted(whole.splitlines())
+
+
+def test_each_file_ends_in_the_split_that_its_last_text_is_in(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No document of either split goes on from one file into another."""
+    monkeypatch.setattr("pipelines.texts.PIECE_BYTES", 100)
+    monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 2**20)
+    (tmp_path / "books").mkdir()
+    for name in "abcdefgh":
+        text = "".join(f"{name} line {i}\n" for i in range(60))
+        (tmp_path / "books" / f"{name}.txt").write_text(text)
+    (tmp_path / "books" / "d.txt").write_bytes(b"d line\n" * 40 + b"\xff\n")
+    manifest = prepared([SourceSpec(str(tmp_path / "books"))], folder, validation_share=0.3)
+    for split in ("train", "validation"):
+        found = documents(manifest, "books", split)
+        assert len(found) > 8
+        assert all(len({line[0] for line in text.splitlines()}) == 1 for text in found)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -190,9 +208,9 @@ def test_a_long_document_has_one_end_and_is_held_out_as_one(
     given: list[int] = []
     encode = units._encode
 
-    def watched(job: units.Job, batch: list[Text]) -> Iterator[np.ndarray]:
-        given.extend(len(text.content.encode()) for text in batch)
-        return encode(job, batch)
+    def watched(job: units.Job, seams: Any, batch: list[Any]) -> list[list[int]]:
+        given.extend(len(routed.text.content.encode()) for routed in batch)
+        return encode(job, seams, batch)
 
     monkeypatch.setattr(units, "_encode", watched)
     cut = prepared(source, folder, validation_share=0.3)
@@ -424,6 +442,44 @@ def test_a_folder_of_numbered_shards_stays_good(
     assert sum(shard.file in files for shard in shards) == len(shards) - 1
 
 
+def as_an_older_version(folder: str, monkeypatch: pytest.MonkeyPatch, make: Any) -> Manifest:
+    """What `make` prepares, as the versions before ENCODING did."""
+    hash_of = tokenize._hash
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            tokenize, "_hash", lambda of: hash_of(of[:2] if of[-1:] == [units.ENCODING] else of)
+        )
+        make()
+    path = Path(folder, "manifest.json")
+    content = json.loads(path.read_text())
+    del content["settings"]["encoding"]
+    path.write_text(json.dumps(content))
+    return Manifest.load(folder)
+
+
+def test_what_an_older_version_prepared_well_stays(
+    sources: list[SourceSpec],
+    folder: str,
+    tokenized: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only those units are done again that would give other tokens."""
+    monkeypatch.setattr(units, "PIECE_BYTES", 180)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "books").iterdir()}
+    again = {"17.txt", *(name for name, size in sizes.items() if size > 180)}
+    older = as_an_older_version(folder, monkeypatch, lambda: prepared(sources, folder))
+    num_units = len(tokenized)
+    tokenized.clear()
+    now = prepared(sources, folder)
+    assert 1 <= len(tokenized) < num_units and now.fingerprint == older.fingerprint
+    kept = {shard.file for shard in older.shards()} & {shard.file for shard in now.shards()}
+    assert len(kept) > 3 and len(again) > 1
+    verify_shards(older)
+    tokenized.clear()
+    assert prepared(sources, folder) == now and tokenized == []
+
+
 def test_a_moved_folder_is_still_finished(
     sources: list[SourceSpec], folder: str, tmp_path: Path, tokenized: list[str]
 ) -> None:
@@ -549,7 +605,7 @@ def test_undecodable_text_is_refused_if_so_set(sources: list[SourceSpec], folder
 
 def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> None:
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff\xff")
     (tmp_path / "good.txt").write_text("good text\n" * 500)
     specs = [SourceSpec(str(tmp_path / name)) for name in ("good.txt", "bad")]
     with pytest.raises(DataError) as error:
@@ -597,7 +653,7 @@ def test_files_are_counted_apart_from_texts_and_named(tmp_path: Path, folder: st
 def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str) -> None:
     text = "the very same words, again and again\n" * 50
     source = tmp_path / "a.txt"
-    source.write_text(text, encoding="utf-16")
+    source.write_text(f"é{text}", encoding="latin-1")
     with pytest.raises(
         DataError, match=r"nothing to train a tokenizer on, such as a\.txt: not UTF"
     ):
@@ -680,6 +736,69 @@ def test_nothing_is_added_or_cut(sources: list[SourceSpec], folder: str, tmp_pat
     every = documents(manifest, "books", "train") + documents(manifest, "books", "validation")
     assert ("Chapter 12: ünder the " + "sea " * 12 + "\n") * 3 in every
     assert len(every) == 39
+
+
+def test_a_tokenizer_that_does_not_finish_is_named(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+
+    def spins(*args: Any, **options: Any) -> None:
+        while not ended.is_set():
+            pass
+
+    ended = threading.Event()
+    plain = Mock(spec=Tokenizer, encode_batch_fast=spins)
+    monkeypatch.setattr(units, "plain_encoder", lambda *args: plain)
+    monkeypatch.setattr(units, "ENCODE_LIMIT_S", 0.1)
+    with pytest.raises(DataError) as error:
+        prepared(sources[1:], folder)
+    ended.set()
+    assert f"{folder}/tokenizer: takes more than 0 s for a megabyte of web.jsonl" in told(error)
+    assert "set data.tokenizer to another" in told(error)
+
+
+def test_a_tokenizer_whose_library_panics_is_named(tmp_path: Path, folder: str) -> None:
+    """A pattern that tries twice as many ways for each letter more, up to a limit."""
+    from tokenizers import Regex, pre_tokenizers
+
+    made = train_tokenizer(["some text"], 260)
+    slow = pre_tokenizers.Split(Regex(r"(a|aa)+$|[^a]+"), "isolated")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [slow, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.save_pretrained(tmp_path / "slow")
+    (tmp_path / "a.txt").write_text("a" * 60 + "b")
+    with pytest.raises(DataError, match=r"cannot encode a\.txt \(Onig: Regex search error"):
+        prepared([SourceSpec(str(tmp_path / "a.txt"))], folder, tokenizer=str(tmp_path / "slow"))
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "dropout"])
+def test_two_preparations_are_the_same_and_special_text_is_text(
+    tmp_path: Path, folder: str, kind: str
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "Unigram":
+        pieces = [("</s>", 0.0), *((letter, -2.0) for letter in "▁abc</s>"), ("abc", -1.0)]
+        plain = Tokenizer(models.Unigram(pieces, unk_id=0))
+        plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        plain = train_tokenizer(["abc </s> abc"] * 50, 280).backend_tokenizer
+        plain.model.dropout = 0.5
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    made.save_pretrained(tmp_path / "own")
+    (tmp_path / "a.txt").write_text("abc </s> abc </s>" * 30)
+    name = str(tmp_path / "own")
+    one, other = (
+        prepared([SourceSpec(str(tmp_path / "a.txt"))], f"{folder}-{n}", tokenizer=name,
+                 validation_share=0.0)
+        for n in (1, 2)
+    )  # fmt: skip
+    assert one.fingerprint == other.fingerprint
+    tokens = split_tokens(one, "a", "train")
+    assert (tokens == one.eot_token).sum() == 1 and tokens[-1] == one.eot_token
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(

@@ -165,6 +165,24 @@ def source_root(spec: SourceSpec) -> str:
     return spec.path if "://" in spec.path else absolute(spec.path)
 
 
+def check_source(path: str) -> None:
+    """Refuse a source on this machine's disks that is not there, without listing its files.
+
+    Storage elsewhere is asked only when it is read. Raises BadInput.
+    """
+    if "://" in path or path == PYTHON_STDLIB or os.path.exists(os.path.expanduser(path)):
+        return
+    folder, pattern = split_glob(os.path.expanduser(path))
+    if not pattern:
+        raise _not_found(path)
+    if not os.path.isdir(folder):
+        raise BadInput(f"data.sources = {path}: there is no folder {folder}; correct the path")
+
+
+def _not_found(path: str) -> BadInput:
+    return BadInput(f"data.sources = {path}: not found; correct the path")
+
+
 def find_files(
     spec: SourceSpec, skip: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
 ) -> Corpus:
@@ -192,15 +210,10 @@ def find_files(
     if lost := [path for path in listing.lost if not path.startswith(ours)]:
         log(f"{spec.name}: {len(lost):,} links left out, which lead nowhere: {_shown(lost)}")
     if not files:
-        raise BadInput(
-            f"data.sources = {spec.path}: matches no files of text; "
-            + (
-                left_out[0]
-                if left_out
-                else f"name a file, or a glob such as {root}/**/*.txt (a folder's name takes in "
-                "text, source code, .jsonl and .parquet)"
-            )
-        )
+        takes = "(a folder's name takes in text, source code, .jsonl and .parquet)"
+        name_others = f"name a file, or a glob such as {below(root, '**/*.txt')} {takes}"
+        told = left_out[0] if left_out else name_others
+        raise BadInput(f"data.sources = {spec.path}: matches no files of text; {told}")
     for file in files:
         if file.size is None:
             raise DataError(
@@ -263,7 +276,7 @@ def _match(path: str) -> _Listing:
         )
     root, pattern = split_glob(path)
     if not pattern:
-        raise BadInput(f"data.sources = {path}: not found; correct the path")
+        raise _not_found(path)
     try:
         matches, enters = glob_regex(pattern).fullmatch, glob_folders(pattern)
     except re.error as error:

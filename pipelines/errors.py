@@ -5,6 +5,10 @@ class DataError(ValueError):
     """A corpus, tokenizer or shard that cannot be used; the message names it and the remedy."""
 
 
+class Missing(DataError):
+    """A folder that should hold shards has none."""
+
+
 class BadInput(DataError):
     """A setting names text, a tokenizer or shards that are not there or cannot be used.
 

@@ -1,10 +1,13 @@
 """Preparing shards: the same tokens however it is done, and no work done twice."""
 
 import filecmp
+import importlib.util
 import json
+import random
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines import corpus, texts, tokenize, units
 from pipelines.corpus import SourceSpec, find_files, is_held_out, named_sources
-from pipelines.errors import DataError, Unreadable
+from pipelines.errors import BadInput, DataError, Unreadable
 from pipelines.manifest import Manifest, checksum_problem, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
@@ -491,16 +494,48 @@ def test_a_moved_folder_is_still_finished(
     assert tokenized == []
 
 
-def test_how_far_a_long_preparation_is_is_told_a_few_times(
+def test_how_far_a_long_preparation_is_is_told(
     sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     prepared(sources, f"{folder}-short", log=lines.append)
-    assert not any("are tokenized" in line for line in lines)
-    monkeypatch.setattr("pipelines.tokenize.LEAST_TOLD_BYTES", 1)
-    prepared(sources, folder, log=lines.append)
-    told_lines = [line for line in lines if re.fullmatch(r"0\.0 of 0\.0 GB are tokenized", line)]
-    assert 5 <= len(told_lines) <= 10
+    assert not any("so far" in line for line in lines)
+    monkeypatch.setattr("pipelines.progress.FIRST_TOLD_S", 0.001)
+    told_ = threading.Event()
+
+    def waits(*work: Any) -> Iterator[units.Record]:
+        for number, record in enumerate(units.run_inline(*work)):
+            yield record
+            if number == 3:
+                assert told_.wait(20)
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if re.fullmatch(r"0\.0 of 0\.0 MB of text are tokenized \(0 s so far\)", line):
+            told_.set()
+
+    monkeypatch.setattr("pipelines.tokenize.run_inline", waits)
+    prepared(sources, folder, log=log)
+    assert told_.is_set()
+
+
+def test_files_that_are_the_same_are_told(tmp_path: Path, folder: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(9):
+            text = f"a story of {number} words\n" * 2_000
+            other = text.replace(" words\n", f" {name}words\n") if number > 2 else text
+            (tmp_path / name / f"{number}.txt").write_text(other)
+    specs = [SourceSpec(str(tmp_path / name)) for name in ("a", "b")]
+    lines: list[str] = []
+    prepared(specs, folder, log=lines.append)
+    assert [line for line in lines if "same as" in line] == [
+        "3 files (0.1 MB) are the same as others, and are trained on as often as they are there, "
+        f"such as {tmp_path}/a/0.txt and {tmp_path}/b/0.txt"
+    ]
+    lines.clear()
+    prepared(specs[:1], f"{folder}-1", log=lines.append)
+    assert not any("same as" in line for line in lines)
 
 
 def test_every_shard_is_looked_at_once(
@@ -675,7 +710,10 @@ def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str)
         ({"row_tokens": 0}, "row_tokens = 0: must be at least 1"),
         ({"undecodable": "drop"}, "undecodable = 'drop': must be skip or refuse"),
         ({"backend": "spark"}, "backend = 'spark': must be ray or inline"),
-        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere: cannot be loaded (no such folder)"),
+        (
+            {"tokenizer": "./nowhere"},
+            "data.tokenizer = ./nowhere: cannot be loaded (no such folder)",
+        ),
     ],
 )
 def test_bad_choices_are_told(
@@ -709,6 +747,38 @@ def test_a_trained_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
     assert len(loaded) == 320 and loaded.eos_token == "<|endoftext|>"
     text = "any text at all: ünï 😀\n\tok  "
     assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_long_words_change_no_ordinary_tokenizer_and_take_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [f"def f{i}(x): return x + {i * i}  # {'-' * (i % 70)}\n" for i in range(500)]
+    made = tokenizer_fingerprint(train_tokenizer(texts, 400))
+    monkeypatch.setattr("pipelines.tokenizer.MAX_WORD_CHARS", 2**30)
+    assert tokenizer_fingerprint(train_tokenizer(texts, 400)) == made
+    monkeypatch.undo()
+    letters = "".join(random.Random(0).choices("ACGT", k=400_000))
+    started = time.process_time()
+    one = train_tokenizer([letters], 300)
+    assert time.process_time() - started < 20  # of one word, it takes two minutes
+    assert len(one.encode(letters[:1_000])) < 500
+
+
+@pytest.mark.parametrize("content", [b"\n\x0e\n\x05<unk>", b"YQ== 0\n"])
+def test_a_tokenizer_of_a_package_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """transformers takes sentencepiece's file for one of tiktoken."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *of: None if name == "sentencepiece" else find(name, *of),
+    )
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        load_tokenizer(str(tmp_path))
+    names_it = "needs the package sentencepiece); pip install sentencepiece" in told(error)
+    assert names_it == (content[:1] == b"\n")
 
 
 def test_special_tokens_in_a_text_are_text(sources: list[SourceSpec], folder: str) -> None:

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import BadInput, DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
 from tst_ray.checkpoint import newest_step
 from tst_ray.corpus import (
     build_feeds,
     build_order,
+    check_inputs,
     copied_manifest,
     corpus_begun_with,
     mixture,
@@ -90,6 +91,7 @@ class Outcome:
 
 def prepare_only(config: Config, say: Say) -> Manifest:
     """Tokenize without training, on Ray or in this process as `cluster.backend` says."""
+    check_inputs(config)
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
     build_plan(config)  # what could never be trained is not tokenized either
@@ -124,6 +126,8 @@ class Coordinator:
         """
         with open_run(self.config) as (run, self._held):
             try:
+                if run.read_json(PLAN) is None:  # else the shards that it began with may do
+                    check_inputs(self.config)
                 _fold_events(run)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
@@ -132,7 +136,8 @@ class Coordinator:
             except BaseException as error:
                 self._held.check()  # then what failed is of no matter, and the run not ours to mark
                 self._record_failure(run, error)
-                if isinstance(error, (DataError, OSError)):  # the text's, or storage's
+                is_told = isinstance(error, BadInput)  # with the setting that is to blame
+                if isinstance(error, (DataError, OSError)) and not is_told:  # text's, or storage's
                     raise RunError(f"{run.url}: {error}") from error
                 raise
 

@@ -12,12 +12,11 @@ decides which files there are, in what order, how they are grouped, or what is h
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sysconfig
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,24 +25,24 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.errors import BadInput, DataError
 from pipelines.globs import glob_folders, glob_regex, split_glob
+from pipelines.kinds import (
+    HIDDEN,
+    NO_TEXT,
+    PARQUET,
+    file_kind,
+    in_folder,
+    in_glob,
+    is_hidden,
+    told_left_out,
+)
+from pipelines.listing import TextFile, file_info, list_files
 from pipelines.storage import absolute, below, locate, os_errors
 
 PYTHON_STDLIB = "python-stdlib"
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**25
 
-COMPRESSED = {".gz", ".zst", ".zstd", ".bz2", ".lz4"}
-JSON_LINES = {".jsonl", ".ndjson", ".json"}  # corpora call such files .json, too (C4, Dolma)
-PARQUET = {".parquet", ".pq"}
-# What a folder's name alone takes in; a glob or a file's own name takes in anything.
-_PLAIN_TEXT = """
-    .txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .xml .sql .toml .yaml .yml .ini
-    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .rs .go .java .kt .scala .swift .cs .fs
-    .js .jsx .mjs .ts .tsx .vue .php .rb .pl .pm .lua .r .jl .m .mm .hs .ml .mli .clj .erl .ex
-    .exs .el .lisp .scm .sh .bash .zsh .fish .ps1 .bat .asm .s .f .f90 .f95 .v .sv .vhd .zig .nim
-    .d .dart .groovy .gradle .cmake .mk .proto .thrift .tcl .vim"""
-PLAIN_TEXT = frozenset(_PLAIN_TEXT.split())
 # Files that lie side by side in a run directory, and in a folder of shards.
 _OUR_MARKS = (
     {"config.yaml", "metrics.jsonl"},
@@ -51,11 +50,6 @@ _OUR_MARKS = (
     {"manifest.json", "preparation.json"},
 )
 _MARKING = set().union(*_OUR_MARKS)
-# What filesystems call that of a file which is another once its content is.
-_TELLS_A_CHANGE = re.compile(
-    "etag|md5|sha|hash|digest|crc|checksum|blob_id|generation|version"
-    "|modif|mtime|updated|created|write_time"
-)
 
 
 @dataclass(frozen=True)
@@ -66,20 +60,6 @@ class SourceSpec:
     name: str | None = None
     weight: float | None = None
     text_field: str = "text"
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file, or for a big Parquet file some of its row groups; `path` is relative to the root.
-
-    `version` is what its storage tells of the content, where that does not tell when it changed.
-    """
-
-    path: str
-    size: int
-    modified_ns: int | None
-    row_groups: tuple[int, int] | None = None
-    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +112,10 @@ def facts(work: Corpus | Unit) -> dict[str, Any]:
     return asdict(work, dict_factory=known)
 
 
+# For each path that a source names, why it is left out all the same, or None.
+Choose = Callable[[Iterable[str]], dict[str, str | None]]
+
+
 @dataclass(frozen=True)
 class _Listing:
     """A source's root, the files that were listed there, and which of their paths it takes in.
@@ -141,7 +125,7 @@ class _Listing:
 
     root: str
     files: list[TextFile]
-    takes: Callable[[str], bool]
+    chooses: Choose
     lost: tuple[str, ...] = ()
 
 
@@ -191,34 +175,55 @@ def source_root(spec: SourceSpec) -> str:
     return spec.path if "://" in spec.path else absolute(spec.path)
 
 
+def check_source(path: str) -> None:
+    """Refuse a source on this machine's disks that is not there, without listing its files.
+
+    Storage elsewhere is asked only when it is read. Raises BadInput.
+    """
+    if "://" in path or path == PYTHON_STDLIB or os.path.exists(os.path.expanduser(path)):
+        return
+    folder, pattern = split_glob(os.path.expanduser(path))
+    if not pattern:
+        raise _not_found(path)
+    if not os.path.isdir(folder):
+        raise BadInput(f"data.sources = {path}: there is no folder {folder}; correct the path")
+
+
+def _not_found(path: str) -> BadInput:
+    return BadInput(f"data.sources = {path}: not found; correct the path")
+
+
 def find_files(
     spec: SourceSpec, skip: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
 ) -> Corpus:
-    """List a source's files. Raises DataError where there are none.
+    """List a source's files. Raises BadInput if there are none.
 
     What runs and preparations wrote below it is no text: folders that look like theirs are left
-    out, and those of `skip`. The log is told, of links that lead nowhere too.
+    out, and those of `skip`. The log is told of that, of what else the source holds and does not
+    take in, and of links that lead nowhere.
     """
     assert spec.name, "named_sources gives every source its name"
     is_stdlib = spec.path == PYTHON_STDLIB
     listing = _python_stdlib() if is_stdlib else _match(source_root(spec))
     root = listing.root
-    files = [file for file in listing.files if listing.takes(file.path)]
     ours = tuple(f"{folder}/" for folder in sorted(_ours(root, listing.files, skip)))
-    num_listed = len(files)
-    files = [file for file in files if not file.path.startswith(ours)]
-    if left_out := num_listed - len(files):
-        log(
-            f"{spec.name}: {left_out:,} files left out, in folders of runs or shards: "
-            f"{_shown(ours)}"
-        )
+    theirs = {file.path: file for file in listing.files if not file.path.startswith(ours)}
+    reasons = listing.chooses(theirs)
+    files = [file for path, file in theirs.items() if reasons.get(path, HIDDEN) is None]
+    own = [file.path for file in listing.files if file.path.startswith(ours)]
+    if num_ours := sum(reason is None for reason in listing.chooses(own).values()):
+        where = f"in folders of runs or shards: {_shown(ours)}"
+        log(f"{spec.name}: {num_ours:,} files left out, {where}")
+    left_out = _left_out(root, theirs, reasons)
+    for line in left_out:
+        log(f"{spec.name}: {line}")
     if lost := [path for path in listing.lost if not path.startswith(ours)]:
         log(f"{spec.name}: {len(lost):,} links left out, which lead nowhere: {_shown(lost)}")
     if not files:
-        raise DataError(
-            f"source {spec.path}: matches no files of text; name a file, or a glob such as "
-            f"{root}/**/*.txt (a folder's name takes in text, source code, .jsonl and .parquet)"
-        )
+        takes = "(a folder's name takes in text, source code, .jsonl and .parquet)"
+        name_others = f"name a file, or a glob such as {below(root, '**/*.txt')} {takes}"
+        told = left_out[0] if left_out else name_others
+        raise BadInput(f"data.sources = {spec.path}: matches no files of text; {told}")
     for file in files:
         if file.size is None:
             raise DataError(
@@ -226,8 +231,20 @@ def find_files(
                 "neither its end nor a change could be seen; fetch it, and name the copy"
             )
     if not any(file.size for file in files):
-        raise DataError(f"source {spec.path}: all its {len(files)} files are empty; name others")
+        raise BadInput(
+            f"data.sources = {spec.path}: all its {len(files)} files are empty; name others"
+        )
     return Corpus(spec.name, root, spec.text_field, tuple(sorted(files, key=lambda f: f.path)))
+
+
+def _left_out(root: str, files: dict[str, TextFile], reasons: dict[str, str | None]) -> list[str]:
+    """A line for each reason for which files are left out; of hidden ones nothing is told."""
+    groups: dict[str, dict[str, int | None]] = defaultdict(dict)
+    for path, reason in reasons.items():
+        if reason not in (None, HIDDEN):
+            groups[str(reason)][path] = files[path].size
+    most_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [told_left_out(root, reason, sizes) for reason, sizes in most_first]
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -238,14 +255,16 @@ def _python_stdlib() -> _Listing:
     root = sysconfig.get_paths()["stdlib"]
     not_ours = {"site-packages", "dist-packages", "__pycache__"}
     names = [name for name in sorted(os.listdir(root)) if name not in not_ours]
-    files = [file for name in names for file in _list(f"{root}/{name}", root)[0]]
-    return _Listing(root, files, lambda path: path.endswith(".py"))
+    files = [file for name in names for file in list_files(f"{root}/{name}", root)[0]]
+    return _Listing(
+        root, files, lambda paths: {path: None for path in paths if path.endswith(".py")}
+    )
 
 
 def _match(path: str) -> _Listing:
     """What a path means: a file, a folder, or a glob."""
     filesystem, inner = locate(path)
-    info, version = _file_info(filesystem, inner, path)
+    info, version = file_info(filesystem, inner, path)
     if info.type == pafs.FileType.File:
         base, mark, query = path.partition("?") if "://" in path else (path, "", "")
         root = (base.rsplit("/", 1)[0] or "/") + mark + query
@@ -256,34 +275,42 @@ def _match(path: str) -> _Listing:
             )
         # Of web pages, the address is the path inside the filesystem, too.
         name = inner.partition("?")[0].rsplit("/", 1)[1] if "://" in inner else info.base_name
+        if remedy := NO_TEXT.get(file_kind(name)):
+            raise BadInput(f"data.sources = {path}: is no file of text; {remedy}")
         file = TextFile(name, info.size, info.mtime_ns, version=version)
-        return _Listing(root, [file], lambda path: True)
+        return _Listing(root, [file], lambda paths: dict.fromkeys(paths))
     if info.type == pafs.FileType.Directory:
         root = path.rstrip("/") or "/"
         return _listing(
-            root, path, _is_text, lambda folder: not _is_hidden(os.path.basename(folder))
+            root, path, in_folder, lambda folder: not is_hidden(os.path.basename(folder))
         )
     root, pattern = split_glob(path)
     if not pattern:
-        raise DataError(f"source {path}: not found; correct the path")
+        raise _not_found(path)
     try:
         matches, enters = glob_regex(pattern).fullmatch, glob_folders(pattern)
     except re.error as error:
-        raise DataError(f"source {path}: is no pattern ({error}); correct the brackets") from None
+        raise BadInput(
+            f"data.sources = {path}: is no pattern ({error}); correct the brackets"
+        ) from None
     is_deep = "/" in pattern or "**" in pattern
-    return _listing(root, root, lambda path: matches(path) is not None, enters, is_deep)
+
+    def chooses(paths: Iterable[str]) -> dict[str, str | None]:
+        return in_glob(filter(matches, paths), pattern)
+
+    return _listing(root, root, chooses, enters, is_deep)
 
 
 def _listing(
     root: str,
     path: str,
-    takes: Callable[[str], bool],
+    chooses: Choose,
     enters: Callable[[str], bool],
     is_deep: bool = True,
 ) -> _Listing:
-    files, nowhere = _list(path, path, enters, is_deep)
-    lost = [link for link in nowhere if takes(link) or enters(link)]
-    return _Listing(root, files, takes, tuple(sorted(lost)))
+    files, nowhere = list_files(path, path, enters, is_deep)
+    lost = [link for link in nowhere if link in chooses([link]) or enters(link)]
+    return _Listing(root, files, chooses, tuple(sorted(lost)))
 
 
 def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
@@ -297,125 +324,6 @@ def _ours(root: str, files: list[TextFile], skip: Sequence[str]) -> set[str]:
     above = f"{root.rstrip('/')}/"
     skipped = {path.removeprefix(above) for path in map(absolute, skip) if path.startswith(above)}
     return marked - {""} | skipped
-
-
-def _file_info(
-    filesystem: pafs.FileSystem, inner: str, path: str
-) -> tuple[pafs.FileInfo, str | None]:
-    """What is at a path, and of a file without a time of change, what else tells of one."""
-    try:
-        with os_errors():
-            info = filesystem.get_file_info([inner])[0]
-            if info.type != pafs.FileType.File or info.mtime_ns is not None:
-                return info, None
-            return info, _versions(filesystem, inner, None, is_folder=False).get(inner)
-    except (OSError, pa.ArrowException) as error:
-        raise Unreadable(f"source {path}: cannot be reached ({one_line(error)})") from error
-
-
-def _list(
-    path: str, root: str, enters: Callable[[str], bool] = lambda folder: True, is_deep: bool = True
-) -> tuple[list[TextFile], list[str]]:
-    """Every file at or below a path, with its path below the root; and of a local folder the links
-    that lead nowhere.
-
-    On a local disk only those folders are looked into that `enters` wants, by their paths below the
-    root. Elsewhere one listing of all is much faster; without `is_deep` it stays in one folder.
-    """
-    filesystem, inner = locate(path)
-    prefix = len(locate(root)[1].rstrip("/")) + 1
-    try:
-        with os_errors():
-            infos: Iterable[pafs.FileInfo] = [info := filesystem.get_file_info(inner)]
-            if info.type == pafs.FileType.Directory:
-                if isinstance(filesystem, pafs.LocalFileSystem):
-                    infos = _walk(filesystem, inner, lambda folder: enters(folder[prefix:]))
-                else:
-                    infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=is_deep))
-            infos = list(infos)
-            found = [info for info in infos if info.type == pafs.FileType.File]
-            versions: dict[str, str | None] = {}
-            if any(info.mtime_ns is None for info in found):
-                is_folder = info.type == pafs.FileType.Directory
-                depth = None if is_deep else 1
-                versions = _versions(filesystem, inner, depth, is_folder=is_folder)
-        files = [
-            TextFile(info.path[prefix:], info.size, info.mtime_ns, version=versions.get(info.path))
-            for info in found
-        ]
-        nowhere = (info for info in infos if info.type == pafs.FileType.NotFound)
-        return files, [info.path[prefix:] for info in nowhere if len(info.path) > prefix]
-    except UnicodeDecodeError as error:
-        name = error.object.decode("utf-8", "backslashreplace")
-        raise DataError(f"source {path}: {name}: a name that is not UTF-8; rename it") from error
-    except (OSError, pa.ArrowException) as error:
-        raise Unreadable(f"source {path}: cannot be listed ({one_line(error)})") from error
-
-
-def _versions(
-    filesystem: pafs.FileSystem, inner: str, depth: int | None, *, is_folder: bool
-) -> dict[str, str | None]:
-    """What fsspec knows of the contents of a file, or of the files in a folder, by their paths.
-
-    Of all that fsspec tells, Arrow hands on a time of change only, and under one of its names.
-    """
-    handler = getattr(filesystem, "handler", None)
-    if not isinstance(handler, pafs.FSSpecHandler):
-        return {}
-    if not is_folder:
-        return {inner: _version(handler.fs.info(inner))}
-    found = handler.fs.find(inner, maxdepth=depth, detail=True)
-    return {path: _version(info) for path, info in found.items()}
-
-
-def _version(info: dict[str, Any]) -> str | None:
-    """Checksums, tags and times of a file, by whatever names its filesystem has for them."""
-    told = {name: str(info[name]) for name in sorted(info) if _TELLS_A_CHANGE.search(name.lower())}
-    return json.dumps(told) if told else None
-
-
-def _walk(
-    filesystem: pafs.LocalFileSystem,
-    folder: str,
-    enters: Callable[[str], bool],
-    above: frozenset[tuple[int, int]] = frozenset(),
-) -> Iterator[pafs.FileInfo]:
-    """Every file at or below a local folder, and every link that leads nowhere, as not found; a
-    link to a folder above is not followed in a circle.
-
-    Args:
-        above: the device and inode of each folder on the way here.
-    """
-    stat = os.stat(folder)
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink() and not os.path.exists(entry.path):  # which Arrow does not list
-                shown = entry.path.encode("utf-8", "backslashreplace").decode()
-                yield pafs.FileInfo(shown, pafs.FileType.NotFound)
-    for info in filesystem.get_file_info(pafs.FileSelector(folder)):
-        if info.type != pafs.FileType.Directory:
-            yield info
-        elif enters(info.path):
-            yield from _walk(filesystem, info.path, enters, above | {here})
-
-
-def _is_text(path: str) -> bool:
-    """Whether a folder's name takes this file in: known kind of text, and nothing hidden."""
-    known = (PLAIN_TEXT | JSON_LINES | PARQUET) - {".json"}  # beside code, it is seldom text
-    return not any(map(_is_hidden, path.split("/"))) and file_kind(path) in known
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
-
-
-def file_kind(path: str) -> str:
-    """The extension that says how a file is read, without that of its compression."""
-    stem, extension = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if extension in COMPRESSED else extension
 
 
 # ── the work, cut into units ─────────────────────────────────────────────────────────────────────

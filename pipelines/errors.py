@@ -5,6 +5,19 @@ class DataError(ValueError):
     """A corpus, tokenizer or shard that cannot be used; the message names it and the remedy."""
 
 
+class Missing(DataError):
+    """A folder that should hold shards has none."""
+
+
+class BadInput(DataError):
+    """A setting names text, a tokenizer or shards that are not there or cannot be used.
+
+    The message begins with the setting.
+    """
+
+    exit_status = 2  # bad usage, as that of a bad config
+
+
 class Unreadable(DataError):
     """Storage did not let it be read; another try may go well."""
 

@@ -22,7 +22,6 @@ from itertools import count
 from pipelines.corpus import draw
 from pipelines.texts import PIECE_BYTES, Text
 
-HOLDOUT_VERSION = 2  # shards of another version hold out other text
 TRAIN, VALIDATION = "train", "validation"
 _SECTIONS = 2_000  # held out of a source, about, if it is large enough
 _MIN_SPAN = 512

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.errors import DataError, Unreadable, one_line
+from pipelines.errors import DataError, Missing, Unreadable, one_line
 from pipelines.storage import listed, locate, os_errors, read_bytes, write_atomically
 
 FORMAT, VERSION = "token-shards", 1
@@ -119,7 +119,7 @@ class Manifest:
         try:
             content = json.loads(read_bytes(filesystem, path))
         except FileNotFoundError:
-            raise DataError(
+            raise Missing(
                 f"{where}: not found; make the shards with `tst-ray prepare`, "
                 "or correct the folder's name"
             ) from None

@@ -3,18 +3,17 @@
     Unit ── read_unit ──> Text | LeftOut, …         in the files' order
     Corpora ── sample_texts ──> str, …                 what a tokenizer is trained on
 
-What a document is: a text file, a line of JSON Lines, a row of a Parquet file. Files may be
-compressed (.gz, .zst, .bz2, .lz4). A document longer than PIECE_BYTES comes in pieces cut at line
-ends: a tokenizer takes some 150 times the size of what it is given at once. A text file is read so,
-too: it is never whole in memory, and each piece counts for the hold-out as a document would. The
-pieces of a line or a row are held out together.
-Text is UTF-8, kept byte for byte; only a byte-order mark is dropped.
+What a document is: a text file, a value of a JSON file, a row of a Parquet file or of a table.
+Files may be compressed (compression.py) and in any Unicode encoding (encodings.py). A document
+longer than PIECE_BYTES comes in pieces cut at line ends: a tokenizer takes some 150 times the size
+of what it is given at once. A text file is read so, too: it is never whole in memory, and each
+piece counts for the hold-out as a document would. The pieces of a row are held out together.
+Text is kept byte for byte as UTF-8; only a byte-order mark is dropped. A file that has NUL bytes
+near its beginning is no text; later on, and in rows, they are characters like others.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 import tempfile
@@ -25,14 +24,17 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.corpus import JSON_LINES, PARQUET, Corpus, TextFile, Unit, draw, file_kind
+from pipelines.compression import open_stored
+from pipelines.corpus import Corpus, TextFile, Unit, draw
+from pipelines.encodings import as_utf8
 from pipelines.errors import DataError, one_line
+from pipelines.kinds import JSON_LINES, PARQUET, TABLES, file_kind
+from pipelines.rows import BadRow, csv_rows, json_rows
 from pipelines.storage import below, locate, os_errors
 
 PIECE_BYTES = 2**20
 SALVAGE_BYTES = 2**12  # read at a time where the rest is damaged; up to so many before it are lost
 MOST_UNREAD = 4_000  # texts in vain before a source is given up
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def _texts(
     kind = file_kind(file.path)
     if kind in PARQUET:
         return _parquet_rows(filesystem, path, file, text_field)
-    if kind in JSON_LINES:
-        return _json_lines(filesystem, path, file, text_field, chunk_bytes or PIECE_BYTES)
+    if kind in JSON_LINES or kind in TABLES:
+        return _rows(filesystem, path, file, text_field, chunk_bytes or PIECE_BYTES)
     return _pieces(filesystem, path, file, chunk_bytes)
 
 
@@ -147,11 +149,6 @@ def _fetch(filesystem: pafs.FileSystem, path: str, copy: str) -> None:
             target.write(chunk)
 
 
-def _compression(path: str) -> str:
-    """What pyarrow is to do with a file's bytes; by itself it knows neither .zstd nor .GZ."""
-    return _COMPRESSION.get(os.path.splitext(path.lower())[1], "detect")
-
-
 # ── text files ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -161,7 +158,11 @@ def _pieces(
     """A text file as its pieces; only the last one ends the document."""
     index = 0
     pending = b""
-    with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
+    with open_stored(filesystem, path) as stored:
+        stream, is_text = as_utf8(stored)
+        if not is_text:
+            yield LeftOut(file.path, "has NUL bytes, as no text has (a binary file)", is_rest=True)
+            return
         while True:
             try:
                 chunk = stream.read(chunk_bytes or PIECE_BYTES)
@@ -215,24 +216,30 @@ def _decode(path: str, index: int, raw: bytes, *, ends_document: bool) -> Text |
 # ── files of many documents ──────────────────────────────────────────────────────────────────────
 
 
-def _json_lines(
+def _rows(
     filesystem: pafs.FileSystem, path: str, file: TextFile, field: str, chunk_bytes: int
 ) -> Iterator[Text | LeftOut]:
-    with filesystem.open_input_stream(path, compression=_compression(path)) as stream:
-        for index, line in enumerate(io.BufferedReader(stream, chunk_bytes)):
-            if not line.strip():
-                continue
-            where = f"line {index + 1}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield LeftOut(file.path, f"{where}: not JSON ({one_line(error)})")
-                continue
-            if isinstance(row, dict) and field in row:
-                yield from _field_text(file.path, index, row[field], where, field)
+    kind = file_kind(file.path)
+    with open_stored(filesystem, path) as stored:
+        stream, _ = as_utf8(stored)
+        is_table = kind in TABLES
+        rows = csv_rows(stream, TABLES[kind]) if is_table else json_rows(stream, chunk_bytes)
+        for row in rows:
+            if isinstance(row, BadRow):
+                yield LeftOut(file.path, row.reason, row.is_rest)
+            elif isinstance(row.value, dict) and field in row.value:
+                yield from _field_text(file.path, row.index, row.value[field], row.where, field)
+            elif is_table:
+                names = ", ".join(map(str, row.value))
+                yield LeftOut(file.path, _no_column(field, names), is_rest=True, lacks_field=True)
+                return
             else:
-                reason = f"{where}: no text in field {field!r} (text_field)"
+                reason = f"{row.where}: no text in field {field!r} (text_field)"
                 yield LeftOut(file.path, reason, lacks_field=True)
+
+
+def _no_column(field: str, names: str) -> str:
+    return f"no column {field!r} (text_field); it has {names[:200]}"
 
 
 def _parquet_rows(
@@ -244,7 +251,7 @@ def _parquet_rows(
         start, stop = file.row_groups or (0, parquet.num_row_groups)
         if field not in names:
             if start == 0:  # of a file that is read in parts, the first one says so
-                reason = f"no column {field!r} (text_field); it has {', '.join(names)}"
+                reason = _no_column(field, ", ".join(names))
                 yield LeftOut(file.path, reason, is_rest=True, lacks_field=True)
             return
         index = sum(parquet.metadata.row_group(group).num_rows for group in range(start))

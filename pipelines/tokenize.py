@@ -32,8 +32,9 @@ from pipelines.corpus import (
     plan_units,
     source_root,
 )
-from pipelines.errors import DataError, Unreadable, one_line
-from pipelines.holdout import HOLDOUT_VERSION, section_span
+from pipelines.duplicates import told_duplicates
+from pipelines.errors import BadInput, DataError, Unreadable, one_line
+from pipelines.holdout import section_span
 from pipelines.manifest import (
     SPLITS,
     VERSION,
@@ -43,6 +44,7 @@ from pipelines.manifest import (
     damaged_shards,
     verify_shards,
 )
+from pipelines.progress import shown_bytes, told_while
 from pipelines.shards import MAX_SHARD_TOKENS
 from pipelines.storage import locate, read_bytes, write_atomically
 from pipelines.texts import LeftOut, read_file, sample_texts
@@ -57,6 +59,7 @@ from pipelines.tokenizer import (
     vocabulary_size,
 )
 from pipelines.units import (
+    ENCODING,
     MAX_NAMED_SKIPS,
     Job,
     Record,
@@ -71,7 +74,6 @@ from pipelines.units import (
 # from 4 or 8 Mi characters, 2.59 from 16; training takes 0.5, 0.9 and 2.1 s on two cores.
 SAMPLE_CHARACTERS = 2**23
 PREPARATION = "preparation.json"
-LEAST_TOLD_BYTES = 2**30  # of text, before the log is told how far it is
 
 
 # ── the settings that shards depend on ───────────────────────────────────────────────────────────
@@ -95,7 +97,7 @@ def shard_settings(
         ],
         "tokenizer": tokenizer_identity(tokenizer, vocab_size),
         "validation_share": validation_share,
-        "holdout": HOLDOUT_VERSION,
+        "encoding": ENCODING,
         "row_tokens": row_tokens,
         "undecodable": undecodable,
     }
@@ -165,13 +167,16 @@ def prepare(
         row_tokens=row_tokens,
         undecodable=undecodable,
     )
-    corpora = [find_files(spec, (folder, *skip), log) for spec in specs]
+    corpora = [_found(spec, (folder, *skip), log) for spec in specs]
     listing = _hash([facts(corpus) for corpus in corpora])
-    if done := _unchanged(folder, {**settings, "listing": listing}):
+    made_with = {**settings, "listing": listing}
+    if done := _unchanged(folder, made_with):
         log(f"{folder}: already prepared, nothing has changed")
         return done
     for corpus in corpora:
         log(f"{corpus.name}: {len(corpus.files):,} files, {corpus.size / 1e6:,.1f} MB")
+    if line := told_duplicates(corpora):
+        log(line)
     own = _own_tokenizer(folder, tokenizer, vocab_size, settings, corpora, log)
     job = Job(
         folder=folder,
@@ -195,7 +200,7 @@ def prepare(
             _source(corpus, spec, [r for r in records.values() if r["source"] == spec.name])
             for corpus, spec in zip(corpora, specs, strict=True)
         ),
-        settings={**settings, "listing": listing},
+        settings=made_with,
     )
     # The others were looked at when they were kept. Of tasks elsewhere, a folder that not all nodes
     # share has nothing here.
@@ -208,13 +213,21 @@ def _check_choices(
     validation_share: float, row_tokens: int, undecodable: str, backend: str
 ) -> None:
     if not 0 <= validation_share < 1:
-        raise DataError(f"validation_share = {validation_share}: must be at least 0 and below 1")
+        raise BadInput(
+            f"data.validation_share = {validation_share}: must be at least 0 and below 1"
+        )
     if row_tokens < 1:
-        raise DataError(f"row_tokens = {row_tokens}: must be at least 1")
+        raise BadInput(f"data.row_tokens = {row_tokens}: must be at least 1")
     if undecodable not in ("skip", "refuse"):
-        raise DataError(f"undecodable = {undecodable!r}: must be skip or refuse")
+        raise BadInput(f"data.undecodable = {undecodable!r}: must be skip or refuse")
     if backend not in ("ray", "inline"):
         raise DataError(f"backend = {backend!r}: must be ray or inline")
+
+
+def _found(spec: SourceSpec, skip: Sequence[str], log: Callable[[str], None]) -> Corpus:
+    """A source's files; while its storage does not answer, the log is told."""
+    with told_while(log, lambda: f"{spec.name}: waiting for the list of files of {spec.path}"):
+        return find_files(spec, skip, log)
 
 
 def _unchanged(folder: str, settings: dict[str, Any]) -> Manifest | None:
@@ -310,7 +323,8 @@ def _trained(corpora: Sequence[Corpus], vocab_size: int, log: Callable[[str], No
             f"source {corpus.root}: nothing to train a tokenizer on, such as {why}; "
             "name files of UTF-8 text"
         )
-    tokenizer = train_tokenizer(chain([first], texts), vocab_size)
+    with told_while(log, lambda: "still training the tokenizer"):
+        tokenizer = train_tokenizer(chain([first], texts), vocab_size)
     if (size := vocabulary_size(tokenizer)) < vocab_size:
         log(f"the text gives {size:,} different tokens, fewer than the {vocab_size:,} asked for")
     return tokenizer
@@ -383,15 +397,12 @@ def _all_records(
     todo = {key: unit for key, unit in units.items() if key not in records}
     kept = f", {len(records):,} more were finished before" if records else ""
     log(f"tokenizing {len(todo):,} units of work{kept}")
-    total = sum(unit.size for unit in todo.values())
-    told_bytes = max(total // 10, LEAST_TOLD_BYTES)
-    done = 0
-    with workplace() if todo else nullcontext():
+    total, done = sum(unit.size for unit in todo.values()), 0
+    told = told_while(log, lambda: f"{shown_bytes(done, total)} of text are tokenized")
+    with workplace() if todo else nullcontext(), told:
         for record in (run_on_ray if backend == "ray" else run_inline)(job, todo) if todo else ():
             records[record["key"]] = record
-            before, done = done, done + todo[record["key"]].size
-            if before // told_bytes < done // told_bytes:
-                log(f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB are tokenized")
+            done += todo[record["key"]].size
     return {key: records[key] for key in units}, set(todo)
 
 

@@ -7,6 +7,7 @@ the shards, a trained model's folder and the fingerprint always speak of the sam
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
-from pipelines.errors import DataError, one_line
+from pipelines.errors import BadInput, DataError, one_line
 from pipelines.storage import locate, read_bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 TRAIN = "train"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
+# Training takes time with the square of a word's length, and text without spaces is one word. On
+# the standard library, whose longest word has 124 characters, the tokenizer stays what it was.
+MAX_WORD_CHARS = 256
 _NAME_ANOTHER = "name a Hugging Face id or a folder, or train one with data.tokenizer=train"
 _RESTORE = "run `tst-ray prepare` again, or restore that folder from a copy"
 # The files of a folder that make its tokenizer (a model's folder also holds gigabytes of weights).
@@ -37,19 +41,21 @@ _TOKENIZER_FILES = re.compile(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer of `vocab_size` tokens whose end-of-text token is <|endoftext|>.
 
-    The same texts give the same tokenizer. Raises DataError where the vocabulary cannot even hold
-    the bytes and the end-of-text token.
+    The same texts give the same tokenizer. Raises BadInput if the vocabulary cannot even hold the
+    bytes and the end-of-text token.
     """
     if vocab_size <= NUM_BYTES:
-        raise DataError(
-            f"vocab_size = {vocab_size}: must be at least {NUM_BYTES + 1}, "
+        raise BadInput(
+            f"data.vocab_size = {vocab_size}: must be at least {NUM_BYTES + 1}, "
             "for the bytes and the end-of-text token"
         )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    short = pre_tokenizers.FixedLength(MAX_WORD_CHARS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, short])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -58,6 +64,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
@@ -66,27 +73,64 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def load_tokenizer(name: str, remedy: str = _NAME_ANOTHER) -> Any:
     """The Hugging Face tokenizer of an id, a folder, or a folder's address.
 
-    Raises DataError where there is none (with the remedy), or one without the `tokenizers` back end
-    or without an end-of-text (eos) token.
+    Raises DataError if there is none (with the remedy), or one without the `tokenizers` back end or
+    without an end-of-text (eos) token: BadInput for what a user named, which has no other remedy.
     """
     from transformers import AutoTokenizer
 
+    is_named = remedy == _NAME_ANOTHER
+    refused, what = (BadInput, "data.tokenizer =") if is_named else (DataError, "tokenizer")
     try:
         with _local_copy(name) as folder:
+            if _lacks_sentencepiece(folder):  # else transformers would ask for tiktoken
+                remedy = "pip install sentencepiece, or name a tokenizer with a tokenizer.json"
+                raise ImportError("its tokenizer.model needs the package sentencepiece")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of its library
         why = one_line(error)
         if "trust_remote_code" in str(error):
             why = "it needs code of its own (auto_map), which is not run here"
-        raise DataError(f"tokenizer {name}: cannot be loaded ({why}); {remedy}") from error
+        raise refused(f"{what} {name}: cannot be loaded ({why}); {remedy}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"tokenizer {name}: has no fast version (tokenizer.json); choose another")
+        raise refused(f"{what} {name}: has no fast version (tokenizer.json); choose another")
     if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"tokenizer {name}: has no end-of-text token to put between documents; "
+        raise refused(
+            f"{what} {name}: has no end-of-text token to put between documents; "
             "set eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Refuse the name of a folder that is not there, without loading anything. Raises BadInput."""
+    if _is_missing(name):
+        raise BadInput(
+            f"data.tokenizer = {name}: cannot be loaded (no such folder); {_NAME_ANOTHER}"
+        )
+
+
+def _is_missing(name: str) -> bool:
+    """Whether a name is that of a folder on this machine which is not there."""
+    is_path = "://" not in name and name.startswith(("/", ".", "~"))
+    return is_path and not os.path.isdir(os.path.expanduser(name))
+
+
+def _lacks_sentencepiece(folder: str) -> bool:
+    """Whether a folder has a tokenizer of sentencepiece only, and that package is not here.
+
+    Of an id, whose files are not known yet, this says no.
+    """
+    if importlib.util.find_spec("sentencepiece") or not os.path.isdir(folder):
+        return False
+    names = os.listdir(folder)
+    models = [f"{folder}/{name}" for name in names if name.endswith(".model")]
+    return "tokenizer.json" not in names and any(map(_is_protobuf, models))
+
+
+def _is_protobuf(path: str) -> bool:
+    """Whether a model file is one of sentencepiece; tiktoken's are lines of base64."""
+    with open(path, "rb") as file:
+        return file.read(1) == b"\n"
 
 
 @contextmanager
@@ -94,7 +138,7 @@ def _local_copy(name: str) -> Iterator[str]:
     """A tokenizer's id or folder as Hugging Face takes it: an address is fetched first."""
     if "://" not in name:
         expanded = os.path.expanduser(name)
-        if name.startswith(("/", ".", "~")) and not os.path.isdir(expanded):
+        if _is_missing(name):
             raise FileNotFoundError("no such folder")
         if os.path.isdir(inner := f"{expanded}/tokenizer") and os.path.isfile(
             f"{expanded}/manifest.json"

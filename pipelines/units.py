@@ -5,7 +5,10 @@
 
 A unit without a record was not finished. A unit's key is a hash of all that its shards depend on,
 so a record found under a wanted key is finished work, as long as its shards are whole. Shards are
-named by it as well: two who prepare one folder at a time write one file only where it is the same.
+named by it as well: two who prepare one folder at a time write one file only if it is the same.
+
+A document that goes on in the other split ends in the one that it leaves: so in each split an
+end-of-text token stands between any two documents.
 """
 
 from __future__ import annotations
@@ -13,26 +16,26 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipelines.corpus import Unit
+from pipelines.encoder import plain_encoder, within
 from pipelines.errors import DataError, Unreadable, one_line
 from pipelines.holdout import hold_out
 from pipelines.manifest import SPLITS, Shard, damaged_shards
+from pipelines.seams import Part, Seams
 from pipelines.shards import ShardWriter
 from pipelines.storage import below, listed, locate, read_bytes, write_atomically
 from pipelines.texts import LeftOut, Text, read_unit
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
+ENCODING = 2  # raised if the same text gives other shards than before
 BATCH_BYTES = 2**21
+ENCODE_LIMIT_S = 60.0  # for a MiB of text; the slowest tokenizers take about one
 MAX_NAMED_SKIPS = 100
 Record = dict[str, Any]
 
@@ -52,18 +55,6 @@ class Job:
     row_tokens: int
     undecodable: str
     max_shard_tokens: int
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str) -> Tokenizer:
-    """The tokenizer for plain text: nothing added or cut, and no text taken for a special token."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
@@ -91,13 +82,15 @@ def tokenize_unit(job: Job, key: str, unit: Unit) -> Record:
         "num_cut": 0,
         "cut": [],
     }
+    seams = Seams(lambda texts, places: _encodings(job, texts, places), job.eot_token)
     texts = hold_out(
         _readable(read_unit(unit), job, unit, record), job.validation_share, unit.span, unit.name
     )
     for batch in _batches(texts):
-        tokens = _encode(job, [text for _, text in batch])
-        for (split, _), ids in zip(batch, tokens, strict=True):
-            writers[split].add(ids)
+        encoded = _encode(job, seams, [text for _, text in batch])
+        for (split, _), ids in zip(batch, encoded, strict=True):
+            if ids:
+                writers[split].add(np.array(ids, job.dtype))
     for split, writer in writers.items():
         record[split] = [asdict(shard) for shard in writer.close()]
     filesystem, root = locate(job.folder)
@@ -140,32 +133,38 @@ def _batches(texts: Iterable[tuple[str, Text]]) -> Iterator[list[tuple[str, Text
         yield batch
 
 
-def _paths(texts: list[Text]) -> str:
-    """The first file that texts are from, and how many more."""
-    first, *others = dict.fromkeys(text.path for text in texts)
-    return f"{first} or {len(others)} other files" if others else first
-
-
-def _encode(job: Job, texts: list[Text]) -> Iterator[np.ndarray]:
-    """Each text's token ids [n], with the end-of-text token where its document ends."""
-    encoder = _encoder(job.tokenizer_json)
+def _encode(job: Job, seams: Seams, texts: list[Text]) -> list[list[int]]:
+    """The token ids that are sure with each text, an end-of-text token where a document ends."""
     try:
-        encodings = encoder.encode_batch_fast(
-            [text.content for text in texts], add_special_tokens=False
-        )
+        return seams.encode([Part(text.content, text.ends_document) for text in texts])
     except MemoryError:
         raise
+    except TimeoutError as error:
+        raise DataError(
+            f"tokenizer {job.folder}/tokenizer: takes more than {ENCODE_LIMIT_S:.0f} s for a "
+            f"megabyte of {_paths(texts)}; its tokenizer.json is at fault (a pattern that tries "
+            "ever more ways): set data.tokenizer to another one"
+        ) from error
     except Exception as error:  # its library raises bare ones
         raise DataError(
             f"tokenizer {job.folder}/tokenizer: cannot encode {_paths(texts)} "
             f"({one_line(error)}); set data.tokenizer to one that knows every character, or has a "
             "token for the unknown"
         ) from error
-    for text, encoding in zip(texts, encodings, strict=True):
-        ids = encoding.ids
-        if text.ends_document:
-            ids.append(job.eot_token)
-        yield np.array(ids, job.dtype)
+
+
+def _paths(texts: list[Text]) -> str:
+    """The first file that texts are from, and how many more."""
+    first, *others = dict.fromkeys(text.path for text in texts)
+    return f"{first} or {len(others)} other files" if others else first
+
+
+def _encodings(job: Job, texts: Sequence[str], with_places: bool) -> Sequence[Any]:
+    """The tokenizer's encodings. Raises TimeoutError, or what its library raises."""
+    encoder = plain_encoder(job.tokenizer_json, job.eot_token)
+    encode = encoder.encode_batch if with_places else encoder.encode_batch_fast
+    limit_s = ENCODE_LIMIT_S * max(1.0, sum(map(len, texts)) / 2**20)
+    return within(limit_s, lambda: encode(list(texts), add_special_tokens=False))
 
 
 # ── all units: in a loop, or through Ray Data ────────────────────────────────────────────────────

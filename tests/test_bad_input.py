@@ -6,6 +6,7 @@ In process, without Ray: what is refused is refused before a worker group would 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -103,14 +104,52 @@ def test_several_errors_come_at_once(capsys: Capsys, tmp_path: Path, text: Path)
 
 
 def test_a_missing_corpus(capsys: Capsys, tmp_path: Path) -> None:
-    assert "/nowhere" in refused(capsys, 1, arguments(tmp_path, "/nowhere"))
+    said = refused(capsys, 2, arguments(tmp_path, "/nowhere"))
+    assert said == "tst-ray: data.sources = /nowhere: not found; correct the path\n"
+    said = refused(capsys, 2, arguments(tmp_path, "/nowhere/*.txt"))
+    assert said.startswith("tst-ray: data.sources = /nowhere/*.txt: there is no folder /nowhere")
+
+
+@pytest.mark.parametrize("command", ["run", "prepare", "plan"])
+def test_missing_shards_and_tokenizers(
+    capsys: Capsys, tmp_path: Path, text: Path, command: str
+) -> None:
+    """Bad usage, told by the setting, before anything starts."""
+    missing = arguments(tmp_path, text, **prepared(tmp_path / "none"))
+    assert main([command, *missing]) == 2
+    line = f"tst-ray: data.prepared = {tmp_path}/none: no folder of shards (no manifest.json in it)"
+    assert capsys.readouterr().err.startswith(line)
+    if command != "plan":
+        assert main([command, *arguments(tmp_path, text, data__tokenizer="./none")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("tst-ray: data.tokenizer = ./none: cannot be loaded (no such folder")
+
+
+def test_a_picture_is_refused_by_name(capsys: Capsys, tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7")
+    said = refused(capsys, 2, arguments(tmp_path, tmp_path / "a.pdf"))
+    assert said.startswith(f"tst-ray: data.sources = {tmp_path}/a.pdf: is no file of text; convert")
+
+
+def test_a_held_out_share_far_from_the_one_asked_for_is_told(
+    capsys: Capsys, tmp_path: Path
+) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        size = 20_000 if number == 7 else 30
+        (tmp_path / "text" / f"{number}.txt").write_text(f"some words {number}\n" * size)
+    args = arguments(tmp_path / "runs", tmp_path / "text", data__validation_share=0.3)
+    assert main(["prepare", *args]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"held out for validation are [\d.]+% of text, where data\.validation_share "
+                     r"asks for 30\.00%: ", said)  # fmt: skip
 
 
 def test_an_empty_corpus(capsys: Capsys, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused(capsys, 1, arguments(tmp_path, tmp_path / "empty"))
+    assert "empty" in refused(capsys, 2, arguments(tmp_path, tmp_path / "empty"))
     (tmp_path / "empty" / "blank.txt").write_text("")
-    assert "empty" in refused(capsys, 1, arguments(tmp_path, tmp_path / "empty"))
+    assert "empty" in refused(capsys, 2, arguments(tmp_path, tmp_path / "empty"))
 
 
 def test_text_that_does_not_decode(capsys: Capsys, tmp_path: Path, text: Path) -> None:
@@ -273,10 +312,9 @@ def test_a_folder_of_shards_that_is_given_is_the_one_that_is_read(
     other = tmp_path / "other"
     assert main(["prepare", *arguments(other, text, data__validation_share=0.3)]) == 0
     (other,) = [path.parent for path in other.rglob("manifest.json")]
-    for folder, said in ((tmp_path / "nowhere", "not found"), (other, "holds another corpus")):
-        status = 1 if said == "not found" else 2
+    for folder, said in ((tmp_path / "nowhere", "no folder of"), (other, "holds another corpus")):
         capsys.readouterr()
-        assert said in refused(capsys, status, arguments(runs, None, **prepared(folder)))
+        assert said in refused(capsys, 2, arguments(runs, None, **prepared(folder)))
     shutil.copytree(copied, tmp_path / "second")
     assert main(["run", *arguments(runs, None, **prepared(tmp_path / "second"))]) == 0
     assert json.loads((run / "plan.json").read_text())["shards"] == str(tmp_path / "second")

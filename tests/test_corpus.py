@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines import corpus, errors
+from pipelines import corpus, errors, listing
 from pipelines.corpus import (
     Corpus,
     SourceSpec,
@@ -93,10 +93,13 @@ def test_a_folder_takes_in_text_and_nothing_hidden(tree: Path) -> None:
         ("*", ["a.txt", "b.md", "i.dat"]),
         ("?.[mt]*", ["a.txt", "b.md"]),
         ("[!a].*", ["b.md", "i.dat"]),
-        ("**/*.py", ["sub/__pycache__/g.py", "sub/c.py"]),
-        ("sub/*", ["c.py", "f.png"]),
+        ("**/*.py", ["sub/c.py"]),
+        ("sub/__pycache__/*.py", ["g.py"]),
+        ("sub/*", ["c.py"]),
         ("**/deep/*", ["sub/deep/d.jsonl.gz", "sub/deep/e.parquet"]),
-        ("sub/**", ["__pycache__/g.py", "c.py", "deep/d.jsonl.gz", "deep/e.parquet", "f.png"]),
+        ("sub/**", ["c.py", "deep/d.jsonl.gz", "deep/e.parquet"]),
+        (".git/*", ["h.txt"]),
+        (".g*/*", [".git/h.txt"]),
     ],
 )
 def test_globs(tree: Path, pattern: str, expected: list[str]) -> None:
@@ -137,9 +140,9 @@ def test_what_runs_and_preparations_wrote_is_no_text(tree: Path) -> None:
     spec = named_sources([SourceSpec(str(tree))])[0]
     files = find_files(spec, (f"{tree}/cache/", str(tree), "/elsewhere"), lines.append).files
     assert [file.path for file in files] == expected
-    assert lines == [
+    assert lines[0] == (
         "tree: 6 files left out, in folders of runs or shards: cache/, new/, out/demo/, …"
-    ]
+    )
     said_by_its_own_name = ["config.yaml", "metrics.jsonl", "model/card.md"]
     assert paths(f"{tree}/out/demo") == said_by_its_own_name
     assert "out/demo/plan.json" not in paths(f"{tree}/**/*")
@@ -163,7 +166,7 @@ def test_links_in_circles_are_not_followed(tree: Path) -> None:
     ("pattern", "entered"),
     [
         ("*.txt", []),
-        ("*/f.png", ["other", "sub"]),
+        ("*/c.py", ["other", "sub"]),
         ("s*/deep/*", ["sub", "sub/deep"]),
         ("[!o]*/**/*.py", ["sub", "sub/__pycache__", "sub/deep", "sub/deep/down"]),
         ("s*/**", ["sub", "sub/__pycache__", "sub/deep", "sub/deep/down"]),
@@ -178,13 +181,13 @@ def test_a_glob_looks_only_where_it_can_match(
         (tree / name).mkdir(parents=True)
         (tree / name / "x.txt").write_text("x")
     looked: list[str] = []
-    whole = corpus._walk
+    whole = listing._walk
 
     def watched(filesystem: Any, folder: str, *rest: Any) -> Iterator[Any]:
         looked.append(os.path.relpath(folder, tree))
         return whole(filesystem, folder, *rest)
 
-    monkeypatch.setattr(corpus, "_walk", watched)
+    monkeypatch.setattr(listing, "_walk", watched)
     assert paths(f"{tree}/{pattern}")
     assert sorted(looked) == [".", *entered]
 
@@ -206,7 +209,7 @@ def test_links_that_lead_nowhere_are_told_by_name(tree: Path, path: str, lost: s
         (tree / name).symlink_to("/nowhere/at/all")
     lines: list[str] = []
     find_files(named_sources([SourceSpec(f"{tree}/{path}", name="x")])[0], log=lines.append)
-    assert lines == ([f"x: {lost}"] if lost else [])
+    assert [line for line in lines if " links left out" in line] == ([f"x: {lost}"] if lost else [])
     assert paths(f"{tree}") == before
 
 
@@ -235,7 +238,7 @@ def test_a_name_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
 def test_what_storage_tells_of_a_content_is_known_by_its_name(
     info: dict[str, Any], told: list[str] | None
 ) -> None:
-    version = corpus._version(info)
+    version = listing._version(info)
     assert (list(json.loads(version)) if version else None) == told
 
 

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    errors derived_fields yaml_text signing settings checks config timeouts goodput plan estimates
-    machine storage corpus chunked_loss bag_kernels superposition router model_config trial
-    architecture pretrained model optim dcp_metadata checkpoint sharded checkpointer guard
-    background curves metrics watchdog journal job batches speed saving worker elastic suspects
-    network interrupts forkclient forkserver autoscaler nodes host_memory session hold runstore
-    sight memory reading group room growth stage display shape preview reference exported export
-    tasks coordinator report bench cli run
+    errors derived_fields yaml_text signing settings checks environment config timeouts goodput
+    plan estimates machine storage corpus chunked_loss bag_kernels superposition router
+    model_config trial architecture pretrained model optim dcp_metadata checkpoint sharded
+    checkpointer guard background curves metrics watchdog journal job batches speed saving
+    worker elastic suspects network interrupts forkclient forkserver autoscaler nodes
+    host_memory session hold runstore sight memory reading group room growth stage display
+    shape preview reference exported export tasks coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

@@ -1,9 +1,13 @@
 """Preparing shards: the same tokens however it is done, and no work done twice."""
 
 import filecmp
+import importlib.util
 import json
+import random
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines import corpus, texts, units
 from pipelines.corpus import SourceSpec, find_files, named_sources
-from pipelines.errors import DataError, Unreadable
+from pipelines.errors import BadInput, DataError, Unreadable
 from pipelines.manifest import SPLITS, Manifest, checksum_problem, verify_shards
 from pipelines.shards import TokenReader
 from pipelines.texts import Text, read_file
@@ -165,6 +169,24 @@ def test_sections_of_a_long_text_are_held_out_as_documents_of_their_own(
     assert manifest.source("a").documents == 1
 
 
+def test_each_file_ends_in_the_split_that_its_last_text_is_in(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No document of either split goes on from one file into another."""
+    monkeypatch.setattr("pipelines.texts.PIECE_BYTES", 100)
+    monkeypatch.setattr(corpus, "MAX_UNIT_BYTES", 2**20)
+    (tmp_path / "books").mkdir()
+    for name in "abcdefgh":
+        text = "".join(f"{name} line {i}\n" for i in range(60))
+        (tmp_path / "books" / f"{name}.txt").write_text(text)
+    (tmp_path / "books" / "d.txt").write_bytes(b"d line\n" * 40 + b"\xff\n")
+    manifest = prepared([SourceSpec(str(tmp_path / "books"))], folder, validation_share=0.3)
+    for split in ("train", "validation"):
+        found = documents(manifest, "books", split)
+        assert len(found) > 8
+        assert all(len({line[0] for line in text.splitlines()}) == 1 for text in found)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_long_document_has_one_end(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -184,9 +206,9 @@ def test_a_long_document_has_one_end(
     given: list[int] = []
     encode = units._encode
 
-    def watched(job: units.Job, batch: list[Text]) -> Iterator[np.ndarray]:
+    def watched(job: units.Job, seams: Any, batch: list[Text]) -> list[list[int]]:
         given.extend(len(text.content.encode()) for text in batch)
-        return encode(job, batch)
+        return encode(job, seams, batch)
 
     monkeypatch.setattr(units, "_encode", watched)
     cut = prepared(source, folder, validation_share=0.0)
@@ -445,16 +467,48 @@ def test_a_moved_folder_is_still_finished(
     assert tokenized == []
 
 
-def test_how_far_a_long_preparation_is_is_told_a_few_times(
+def test_how_far_a_long_preparation_is_is_told(
     sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     prepared(sources, f"{folder}-short", log=lines.append)
-    assert not any("are tokenized" in line for line in lines)
-    monkeypatch.setattr("pipelines.tokenize.LEAST_TOLD_BYTES", 1)
-    prepared(sources, folder, log=lines.append)
-    told_lines = [line for line in lines if re.fullmatch(r"0\.0 of 0\.0 GB are tokenized", line)]
-    assert 5 <= len(told_lines) <= 10
+    assert not any("so far" in line for line in lines)
+    monkeypatch.setattr("pipelines.progress.FIRST_TOLD_S", 0.001)
+    told_ = threading.Event()
+
+    def waits(*work: Any) -> Iterator[units.Record]:
+        for number, record in enumerate(units.run_inline(*work)):
+            yield record
+            if number == 3:
+                assert told_.wait(20)
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if re.fullmatch(r"0\.0 of 0\.0 MB of text are tokenized \(0 s so far\)", line):
+            told_.set()
+
+    monkeypatch.setattr("pipelines.tokenize.run_inline", waits)
+    prepared(sources, folder, log=log)
+    assert told_.is_set()
+
+
+def test_files_that_are_the_same_are_told(tmp_path: Path, folder: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(9):
+            text = f"a story of {number} words\n" * 2_000
+            other = text.replace(" words\n", f" {name}words\n") if number > 2 else text
+            (tmp_path / name / f"{number}.txt").write_text(other)
+    specs = [SourceSpec(str(tmp_path / name)) for name in ("a", "b")]
+    lines: list[str] = []
+    prepared(specs, folder, log=lines.append)
+    assert [line for line in lines if "same as" in line] == [
+        "3 files (0.1 MB) are the same as others, and are trained on as often as they are there, "
+        f"such as {tmp_path}/a/0.txt and {tmp_path}/b/0.txt"
+    ]
+    lines.clear()
+    prepared(specs[:1], f"{folder}-1", log=lines.append)
+    assert not any("same as" in line for line in lines)
 
 
 def test_every_shard_is_looked_at_once(
@@ -559,7 +613,7 @@ def test_undecodable_text_is_refused_if_so_set(sources: list[SourceSpec], folder
 
 def test_a_source_that_gives_nothing_is_refused(tmp_path: Path, folder: str) -> None:
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff\xff")
     (tmp_path / "good.txt").write_text("good text\n" * 500)
     specs = [SourceSpec(str(tmp_path / name)) for name in ("good.txt", "bad")]
     with pytest.raises(DataError) as error:
@@ -607,7 +661,7 @@ def test_files_are_counted_apart_from_texts_and_named(tmp_path: Path, folder: st
 def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str) -> None:
     text = "the very same words, again and again\n" * 50
     source = tmp_path / "a.txt"
-    source.write_text(text, encoding="utf-16")
+    source.write_text(f"é{text}", encoding="latin-1")
     with pytest.raises(
         DataError, match=r"nothing to train a tokenizer on, such as a\.txt: not UTF"
     ):
@@ -629,7 +683,10 @@ def test_a_tokenizer_trained_on_nothing_is_not_kept(tmp_path: Path, folder: str)
         ({"row_tokens": 0}, "row_tokens = 0: must be at least 1"),
         ({"undecodable": "drop"}, "undecodable = 'drop': must be skip or refuse"),
         ({"backend": "spark"}, "backend = 'spark': must be ray or inline"),
-        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere: cannot be loaded (no such folder)"),
+        (
+            {"tokenizer": "./nowhere"},
+            "data.tokenizer = ./nowhere: cannot be loaded (no such folder)",
+        ),
     ],
 )
 def test_bad_choices_are_told(
@@ -665,6 +722,38 @@ def test_a_trained_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
     assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
+def test_long_words_change_no_ordinary_tokenizer_and_take_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [f"def f{i}(x): return x + {i * i}  # {'-' * (i % 70)}\n" for i in range(500)]
+    made = tokenizer_fingerprint(train_tokenizer(texts, 400))
+    monkeypatch.setattr("pipelines.tokenizer.MAX_WORD_CHARS", 2**30)
+    assert tokenizer_fingerprint(train_tokenizer(texts, 400)) == made
+    monkeypatch.undo()
+    letters = "".join(random.Random(0).choices("ACGT", k=400_000))
+    started = time.process_time()
+    one = train_tokenizer([letters], 300)
+    assert time.process_time() - started < 20  # of one word, it takes two minutes
+    assert len(one.encode(letters[:1_000])) < 500
+
+
+@pytest.mark.parametrize("content", [b"\n\x0e\n\x05<unk>", b"YQ== 0\n"])
+def test_a_tokenizer_of_a_package_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """transformers takes sentencepiece's file for one of tiktoken."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *of: None if name == "sentencepiece" else find(name, *of),
+    )
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        load_tokenizer(str(tmp_path))
+    names_it = "needs the package sentencepiece); pip install sentencepiece" in told(error)
+    assert names_it == (content[:1] == b"\n")
+
+
 def test_special_tokens_in_a_text_are_text(sources: list[SourceSpec], folder: str) -> None:
     manifest = prepared(sources, folder)
     ends = [(split_tokens(manifest, "web", split) == manifest.eot_token).sum() for split in SPLITS]
@@ -686,6 +775,69 @@ def test_nothing_is_added_or_cut(sources: list[SourceSpec], folder: str, tmp_pat
     every = documents(manifest, "books", "train") + documents(manifest, "books", "validation")
     assert ("Chapter 12: ünder the " + "sea " * 12 + "\n") * 3 in every
     assert len(every) == 39
+
+
+def test_a_tokenizer_that_does_not_finish_is_named(
+    sources: list[SourceSpec], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+
+    def spins(*args: Any, **options: Any) -> None:
+        while not ended.is_set():
+            pass
+
+    ended = threading.Event()
+    plain = Mock(spec=Tokenizer, encode_batch_fast=spins)
+    monkeypatch.setattr(units, "plain_encoder", lambda *args: plain)
+    monkeypatch.setattr(units, "ENCODE_LIMIT_S", 0.1)
+    with pytest.raises(DataError) as error:
+        prepared(sources[1:], folder)
+    ended.set()
+    assert f"{folder}/tokenizer: takes more than 0 s for a megabyte of web.jsonl" in told(error)
+    assert "set data.tokenizer to another" in told(error)
+
+
+def test_a_tokenizer_whose_library_panics_is_named(tmp_path: Path, folder: str) -> None:
+    """A pattern that tries twice as many ways for each letter more, up to a limit."""
+    from tokenizers import Regex, pre_tokenizers
+
+    made = train_tokenizer(["some text"], 260)
+    slow = pre_tokenizers.Split(Regex(r"(a|aa)+$|[^a]+"), "isolated")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [slow, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.save_pretrained(tmp_path / "slow")
+    (tmp_path / "a.txt").write_text("a" * 60 + "b")
+    with pytest.raises(DataError, match=r"cannot encode a\.txt \(Onig: Regex search error"):
+        prepared([SourceSpec(str(tmp_path / "a.txt"))], folder, tokenizer=str(tmp_path / "slow"))
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "dropout"])
+def test_two_preparations_are_the_same_and_special_text_is_text(
+    tmp_path: Path, folder: str, kind: str
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "Unigram":
+        pieces = [("</s>", 0.0), *((letter, -2.0) for letter in "▁abc</s>"), ("abc", -1.0)]
+        plain = Tokenizer(models.Unigram(pieces, unk_id=0))
+        plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        plain = train_tokenizer(["abc </s> abc"] * 50, 280).backend_tokenizer
+        plain.model.dropout = 0.5
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    made.save_pretrained(tmp_path / "own")
+    (tmp_path / "a.txt").write_text("abc </s> abc </s>" * 30)
+    name = str(tmp_path / "own")
+    one, other = (
+        prepared([SourceSpec(str(tmp_path / "a.txt"))], f"{folder}-{n}", tokenizer=name,
+                 validation_share=0.0)
+        for n in (1, 2)
+    )  # fmt: skip
+    assert one.fingerprint == other.fingerprint
+    tokens = split_tokens(one, "a", "train")
+    assert (tokens == one.eot_token).sum() == 1 and tokens[-1] == one.eot_token
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(

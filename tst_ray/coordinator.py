@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import BadInput, DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
 from pipelines.order import ORDER_VERSION
@@ -32,6 +32,7 @@ from tst_ray.corpus import (
     build_feeds,
     build_order,
     cache_folder,
+    check_inputs,
     copied_manifest,
     corpus_begun_with,
     mixture,
@@ -102,6 +103,7 @@ def prepare_only(
         quiet: sends what Ray prints to a file.
     """
     check_environment(config)
+    check_inputs(config)
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
     build_plan(config)  # what could never be trained is not tokenized either
@@ -152,6 +154,8 @@ class Coordinator:
         check_environment(self.config)
         with open_run(self.config) as (run, self._held):
             try:
+                if run.read_json(PLAN) is None:  # else the shards that it began with may do
+                    check_inputs(self.config)
                 _fold_events(run)
                 self._begin_account(run)
                 if self.config.cluster.backend == "inline":
@@ -160,7 +164,8 @@ class Coordinator:
             except BaseException as error:
                 self._held.check()  # then what failed is of no matter, and the run not ours to mark
                 self._record_failure(run, error)
-                if isinstance(error, (DataError, OSError)):  # the text's, or storage's
+                is_told = isinstance(error, BadInput)  # with the setting that is to blame
+                if isinstance(error, (DataError, OSError)) and not is_told:  # text's, or storage's
                     raise RunError(f"{run.url}: {error}") from error
                 raise
 

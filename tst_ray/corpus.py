@@ -1,5 +1,6 @@
 """The run's corpus: text → shards → order → what each phase reads.
 
+check_inputs        whether the text, the tokenizer or the shards that settings name are there
 prepare_corpus      `data.prepared`, or shards made from `data.sources`; verified
 corpus_begun_with   the shards of a run that goes on; verified
 build_order         which tokens at which step, over those shards
@@ -12,14 +13,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from pipelines.corpus import SourceSpec
-from pipelines.errors import DataError, Unreadable
+from pipelines.corpus import SourceSpec, check_source
+from pipelines.errors import BadInput, DataError, Missing, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
 from pipelines.order import Order, PhaseLayout, StreamSource
 from pipelines.storage import absolute
 from pipelines.tokenize import prepare, prepared_folder
-from pipelines.tokenizer import check_tokenizer
+from pipelines.tokenizer import check_tokenizer, check_tokenizer_name
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.plan import Plan
 from tst_ray.settings import Config, shipped_values
@@ -27,6 +28,38 @@ from tst_ray.storage import Storage
 
 Say = Callable[[str], None]
 Workplace = Callable[[], AbstractContextManager[Any]]
+
+_FAR = 2.0  # times as much or as little held out as was asked for
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse settings that name what is not there, as far as that is seen on this machine's disks.
+
+    Storage elsewhere is asked only when it is read.
+
+    Raises:
+        BadInput: with the setting and the remedy.
+    """
+    data = config.data
+    if data.prepared:
+        if "://" not in data.prepared:
+            _manifest(data.prepared)
+        return
+    for source in data.sources:
+        check_source(source.path)
+    check_tokenizer_name(data.tokenizer)
+
+
+def _manifest(prepared: str) -> Manifest:
+    """The manifest in `data.prepared`. Raises BadInput if there is none."""
+    folder = absolute(prepared)
+    try:
+        return Manifest.load(folder)
+    except Missing as error:
+        raise BadInput(
+            f"data.prepared = {prepared}: no folder of shards (no manifest.json in it); make one "
+            "with `tst-ray prepare`, or correct the folder's name"
+        ) from error
 
 
 def prepare_corpus(
@@ -41,7 +74,7 @@ def prepare_corpus(
         DataError: with the file and the remedy.
     """
     if config.data.prepared:
-        manifest = Manifest.load(absolute(config.data.prepared))
+        manifest = _manifest(config.data.prepared)
         tokenizer = config.data.tokenizer
         check_tokenizer(manifest, None if tokenizer == "train" else tokenizer)
         for remark in _ignored(config, manifest):
@@ -55,9 +88,36 @@ def prepare_corpus(
     for source in manifest.sources:
         if source.left_out:
             say(f"{source.name}: left out {source.left_out}")
-    if line := _unevaluated(config, manifest):
-        say(line)
+    for line in (_unevaluated(config, manifest), uneven_share(manifest)):
+        if line:
+            say(line)
     return manifest
+
+
+def uneven_share(manifest: Manifest) -> str | None:
+    """What is told if far less or far more text is held out than was asked for.
+
+    Of a few documents, or very unequal ones, a share of them may be any share of the tokens.
+    """
+    asked = manifest.settings.get("validation_share")
+    if not asked:
+        return None
+    shares = {
+        source.name: source.validation.tokens / (source.train.tokens + source.validation.tokens)
+        for source in manifest.sources
+    }
+    far = [
+        f"{share:.2%} of {name}"
+        for name, share in shares.items()
+        if not asked / _FAR <= share <= asked * _FAR
+    ]
+    if not far:
+        return None
+    return (
+        f"held out for validation are {', '.join(far)}, where data.validation_share asks for "
+        f"{asked:.2%}: the documents are few, or of very unequal length; split the long ones, or "
+        "change the share"
+    )
 
 
 def _unevaluated(config: Config, manifest: Manifest) -> str | None:
@@ -173,11 +233,11 @@ def copied_manifest(folder: str, copy: str) -> Manifest | None:
 
 def find_prepared(config: Config) -> Manifest | None:
     """The run's shards where they are prepared already, else None."""
+    if config.data.prepared:
+        return _manifest(config.data.prepared)
     try:
         return Manifest.load(shards_folder(config))
     except (DataError, RunError):
-        if config.data.prepared:
-            raise
         return None
 
 

@@ -15,6 +15,7 @@ NOISY = """
 import logging, os, subprocess, sys, threading
 from tests.tiny import make_config, make_corpus
 from pathlib import Path
+from tst_ray import display
 from tst_ray.display import Terminal, watch
 from tst_ray.plan import build_plan
 from tst_ray.storage import Storage
@@ -37,8 +38,18 @@ def print_all():
     subprocess.run(["echo", "noise of a child"])
 
 
+def read_and_tell(run):
+    shows.set()
+    return read(run)
+
+
+read, shows = display.last_records, threading.Event()
+display.last_records = read_and_tell  # which the bars do once they are there
+
+
 def show():
     with watch(run, plan, terminal):
+        assert shows.wait(60.0)
         print_all()
         terminal.say("a line of ours")
 

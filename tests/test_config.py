@@ -12,6 +12,7 @@ import yaml
 
 from tst_ray.config import diff, load_config, parse_config, shipped_configs
 from tst_ray.errors import ConfigError
+from tst_ray.plan import build_plan
 from tst_ray.settings import SHIPPED, Config, read_shipped_model, shipped_models
 
 
@@ -329,8 +330,6 @@ def test_each_refusal_is_one_line(override: str, says: str) -> None:
         (["--phases=[{bag_size: 2, steps: 5, fold: none, mode: output_only}]"], "phases[0].fold ="),
         (["--tst.fold=batch", "--tst.bag_size=6"], "set a multiple of 6, such as 66"),
         (["--tst.fold=none", "--tst.bag_size=6"], "train.sequence_length = 64: tst.fold=none cuts"),
-        (["--cluster.backend=inline", "--cluster.workers=2"], "cluster.backend=inline is one proc"),
-        (["--cluster.backend=inline", "--tst.workers=2"], "tst.workers = 2: cluster.backend=inli"),
         (["--model.pretrained=true"], "model.pretrained = true: there are no weights"),
         (["--model=paper-3b", "--model.pretrained=true"], "set model.source to a Hugging Face"),
         (["--model=a/b", "--model.pretrained=true"], 'data.tokenizer = "train": a pretrained'),
@@ -444,3 +443,37 @@ def test_every_field_says_what_it_is() -> None:
         return missing
 
     assert undescribed(Config) == []
+
+
+@pytest.mark.parametrize("written", ["1000", "1e3", "1_000", "1000.0", "1E+3", "10_0e1"])
+def test_a_whole_number_may_be_written_in_any_way(written: str) -> None:
+    config = load_config(
+        None,
+        [
+            f"--train.steps={written}", f"--run.seed={written}", f"--train.warmup={written}",
+            f"--cluster.workers=[1,{written}]", "--train.decay=0", f"--train.batch_size={written}",
+        ],
+    )  # fmt: skip
+    seen = [config.train.steps, config.run.seed, config.train.warmup, config.cluster.workers[1]]
+    assert seen == [1000] * 4 and all(type(value) is int for value in seen)
+    phases = load_config(None, [f"--phases=[{{bag_size: 2.0, steps: {written}}}]"])
+    assert phases.train.steps == 1000
+    assert parse_config(phases.dump()) == phases
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "1.5e0", "inf", "'1e3'"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.steps = .*: must be a whole number"):
+        load_config(None, [f"--train.steps={text}"])
+
+
+def test_a_warm_up_of_one_point_nought_may_mean_either() -> None:
+    with pytest.raises(ConfigError, match=r"^train\.warmup = 1\.0: must be a share"):
+        load_config(None, ["--train.warmup=1.0"])
+
+
+@pytest.mark.parametrize("written", ["--cluster.workers=2", "--tst.workers=[2,4]"])
+def test_inline_is_one_worker_whatever_is_written_for_ray(written: str) -> None:
+    config = load_config(None, ["--cluster.backend=inline", written])
+    assert {config.workers_of(phase) for phase in config.phase_settings()} == {(1, 1)}
+    assert len(build_plan(config).stages()) == 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import tracemalloc
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tst_ray.curves import TENSORBOARD
+from tst_ray.curves import TENSORBOARD, curves_folder
 from tst_ray.metrics import (
     METRICS,
     MetricsLog,
@@ -42,7 +45,7 @@ def write_steps(run: Storage, start: int, stop: int, loss: float, every: int = 1
 def curve(run: Storage, tag: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator((run / TENSORBOARD).path, size_guidance={"scalars": 0})
+    board = EventAccumulator(curves_folder(run).path, size_guidance={"scalars": 0})
     board.Reload()
     return [(point.step, point.value) for point in board.Scalars(tag)]
 
@@ -113,7 +116,7 @@ def test_event_files_are_read_in_the_order_they_were_opened(run: Storage) -> Non
     """Their names hold whole seconds, and a number that sorts as text: 10 before 9."""
     for attempt in range(3):
         write_steps(run, 0, 2, loss=float(attempt))
-    names = (run / TENSORBOARD).names()
+    names = curves_folder(run).names()
     assert len({name.split(".")[3] for name in names}) == len(names)
     assert curve(run, "loss/train") == [(1, 2.0), (2, 2.0)]
 
@@ -189,7 +192,7 @@ def test_points_that_storage_does_not_take_are_drawn_later(
         log.write(record(step, float(step)))
         log.publish()
         if step == 6:
-            assert len((run / TENSORBOARD).names()) == files
+            assert len(curves_folder(run).names()) == files
     log.close()
     assert "503" in caplog.text
     assert curve(run, "loss/train") == [(step, float(step)) for step in range(1, 13)]
@@ -227,13 +230,12 @@ def test_on_an_object_store_the_curves_are_put_there_as_a_whole(
                 log.publish()
         log.close()
     write_hparams(far, {"seed": 1}, {"val_loss": 2.5}, step=11)
-    names = (far / TENSORBOARD).names()
+    names = curves_folder(far).names()
     assert len(names) == 3
     for name in names:
-        (near / TENSORBOARD).write(name, (far / TENSORBOARD).read(name))
+        curves_folder(near).write(name, curves_folder(far).read(name))
     expected = [(s, 0.0) for s in range(1, 5)] + [(s, 1.0) for s in range(5, 12)]
     assert curve(near, "loss/train") == expected
-    assert curve(near, "final/val_loss") == [(11, 2.5)]
     assert not list(tmp_path.glob("tst_ray-curves-*"))
 
 
@@ -242,12 +244,76 @@ def test_the_config_is_readable_in_tensorboard(run: Storage) -> None:
 
     write_steps(run, 0, 1, loss=1.0)
     write_hparams(run, {"train": {"steps": 5, "betas": [0.9, 0.95]}}, {"val_loss": 2.5}, step=5)
-    board = EventAccumulator((run / TENSORBOARD).path)
+    board = EventAccumulator(curves_folder(run).path)
     board.Reload()
     text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "name: test" in text
     assert "_hparams_/session_start_info" in board.summary_metadata
-    assert board.Scalars("final/val_loss")[0].value == 2.5
+
+
+def tensorboard_on(folder: str) -> Callable[..., Any]:
+    """Start TensorBoard's server on a folder; what it answers to a path."""
+    from tensorboard.program import TensorBoard
+
+    board = TensorBoard()
+    board.configure(argv=[None, "--logdir", folder, "--port", "0", "--load_fast=false"])
+    url = board.launch()
+
+    def ask(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{url}data/{path}", data)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return ask
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_shows_the_runs_name_and_its_curves_first(run: Storage) -> None:
+    """What its web page asks for: runs, cards (which it sorts by tag), and the HParams table."""
+    log = MetricsLog(run, 0, 1, "")
+    for step in range(1, 6):
+        log.write(record(step, 1.0 / step, val_loss=3.0 / step))
+    log.close()
+    write_hparams(run, {"train": {"steps": 5}}, {"loss": 0.2, "val_loss": 0.6}, step=5)
+    ask = tensorboard_on((run / TENSORBOARD).path)
+    deadline = time.monotonic() + 60
+    while not ask("runs"):  # it reads the files in a thread of its own
+        assert time.monotonic() < deadline
+    assert ask("runs") == ["run"]
+    tags = sorted(ask("plugin/scalars/tags")["run"])
+    assert tags[:2] == ["loss/train", "loss/validation"]
+    for tag in tags[:2]:
+        points = ask(f"plugin/scalars/scalars?run=run&tag={tag}")
+        assert [step for _, step, _ in points] == [1, 2, 3, 4, 5]
+    asked = {
+        "experimentName": "", "startIndex": 0, "sliceSize": 10,
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"hparam": "train.steps"}],
+    }  # fmt: skip
+    (group,) = ask("plugin/hparams/session_groups", asked)["sessionGroups"]
+    assert group["hparams"] == {"train.steps": 5.0}
+    shown = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
+    assert shown == {"loss/train": pytest.approx(0.2), "loss/validation": pytest.approx(0.6)}
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_run_keeps_the_folder_of_its_curves(tmp_path: Path, renamed: bool) -> None:
+    """Whether its directory was renamed, or an older version drew beside where we do."""
+    run = Storage(str(tmp_path / "run"))
+    write_steps(run, 0, 4, loss=1.0)
+    assert [path.parent.name for path in tmp_path.rglob("events.out.*")] == ["run"]
+    if renamed:
+        (tmp_path / "run").rename(tmp_path / "new")
+        run = Storage(str(tmp_path / "new"))
+    else:
+        for file in (tmp_path / "run/tensorboard/run").iterdir():
+            file.rename(tmp_path / "run/tensorboard" / file.name)
+        (tmp_path / "run/tensorboard/run").rmdir()
+    write_steps(run, 2, 6, loss=2.0)
+    assert len({path.parent for path in tmp_path.rglob("events.out.*")}) == 1
+    assert curve(run, "loss/train") == [(1, 1.0), (2, 1.0), *((s, 2.0) for s in range(3, 7))]
 
 
 def test_events_carry_their_time(run: Storage) -> None:

@@ -63,7 +63,7 @@ def test_status_says_where_the_time_went(
     assert facts["goodput"] == pytest.approx(before["stepping"] / sum(before.values()), abs=1e-4)
     assert main(["status", finished.url]) == 0
     said = capsys.readouterr().out
-    assert "in steps that count" in said and "newest checkpoint: step 8" in said
+    assert "goodput" in said and "newest checkpoint: step 8" in said
     assert read_state(finished)["time"]["parts"] == before
 
 

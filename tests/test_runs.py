@@ -167,7 +167,7 @@ def test_the_model_folder_is_plain_transformers(undisturbed: tuple[Path, str]) -
 def test_the_curves_are_continuous(undisturbed: tuple[Path, str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(undisturbed[0] / "tensorboard"))
+    board = EventAccumulator(str(undisturbed[0] / "tensorboard" / undisturbed[0].name))
     board.Reload()
     steps = [point.step for point in board.Scalars("loss/train")]
     assert steps == sorted(set(steps))

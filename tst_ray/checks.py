@@ -181,19 +181,6 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
 
 def _cluster_problems(config: Config) -> Iterator[Problem]:
     cluster = config.cluster
-    if cluster.backend == "inline":
-        places: list[tuple[SettingPath, tuple[int, int] | None]] = [
-            (("cluster", "workers"), cluster.workers),
-            (("tst", "workers"), config.tst.workers),
-            *((("phases", n, "workers"), p.workers) for n, p in enumerate(config.phases or ())),
-        ]
-        for path, workers in places:
-            if workers not in (None, (1, 1)):
-                yield Problem(
-                    path,
-                    "cluster.backend=inline is one process; set 1, or cluster.backend=ray",
-                    (("cluster", "backend"),),
-                )
     if cluster.gpus_per_worker not in (0, 1):
         yield Problem(
             ("cluster", "gpus_per_worker"),

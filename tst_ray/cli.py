@@ -32,6 +32,7 @@ _OVERRIDES = "any config field can be set as --section.field=value, e.g. --train
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
+    _open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
     try:
@@ -55,6 +56,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _open_standard_streams() -> None:
+    """Have a descriptor stand for each standard stream that was closed (`>&-`).
+
+    Else the next file that is opened would get its number, and what is printed.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            stream = os.fdopen(descriptor, "w" if descriptor else "r", closefd=False)
+            setattr(sys, name, stream)
+
+
+class _Version(argparse.Action):
+    """Prints our version, and those of what decides how a run goes; imports none of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+        from platform import python_version
+
+        from tst_ray import __version__
+
+        parts = [f"Python {python_version()}"]
+        for package in ("torch", "ray", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):
+                parts.append(f"{package} {version(package)}")
+        print(f"tst-ray {__version__} ({', '.join(parts)})")
+        parser.exit()
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The command, its options, and the overrides, which argparse does not know."""
     parser = argparse.ArgumentParser(
@@ -62,6 +98,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Pre-train language models with Token Superposition on Ray.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, help="print the versions, and exit")
     of_config, of_run, as_json, of_key = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     of_config.add_argument("--config", metavar="FILE", help="a YAML file, or a shipped config")
     of_run.add_argument("run", metavar="RUN", help="the run directory")

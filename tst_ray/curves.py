@@ -23,7 +23,21 @@ if TYPE_CHECKING:
 TENSORBOARD = "tensorboard"
 _AGAIN_S = 60.0  # after points could not be drawn: each try begins a file, on a full disk too
 
+_EVENT_FILE = "events.out."
 Draw = Callable[["SummaryWriter"], None]
+
+
+def curves_folder(run: Storage) -> Storage:
+    """The folder of a run's event files: TensorBoard calls a run's curves by their folder's name.
+
+    A run goes on in the folder that it began with: under its former name if its directory was
+    renamed, and in `tensorboard/` itself if an older version wrote its event files there.
+    """
+    above = run / TENSORBOARD
+    names = above.names()
+    if any(name.startswith(_EVENT_FILE) for name in names):
+        return above
+    return above / (names[0] if names else run.url.rstrip("/").rpartition("/")[2])
 
 
 class Curves:
@@ -36,7 +50,8 @@ class Curves:
     """
 
     def __init__(self, run: Storage, step: int | None = None) -> None:
-        self._folder, self._purge_step = run / TENSORBOARD, step
+        self._run, self._purge_step = run, step
+        self._folder: Storage | None = None  # looked up with the first point
         self._points: list[tuple[int, Draw]] = []
         self._board: SummaryWriter | None = None
         self._scratch: Path | None = None
@@ -71,7 +86,7 @@ class Curves:
             self._board = None  # its file may end in half a point: the next try is in another
             what = f"the curves' points of {len(points)} steps wait for storage"
             raise OSError(f"{what}: {error}") from error
-        if self._is_behind and self._scratch is not None:
+        if self._is_behind and self._scratch is not None and self._folder is not None:
             for file in self._scratch.iterdir():
                 self._folder.upload(str(file), file.name)
         self._is_behind = False
@@ -80,13 +95,13 @@ class Curves:
         """Begin an event file."""
         from torch.utils.tensorboard import SummaryWriter
 
-        _wait_for_a_later_name(self._folder)
-        if not self._folder.is_local and self._scratch is None:
+        self._folder = folder = self._folder or curves_folder(self._run)
+        _wait_for_a_later_name(folder)
+        if not folder.is_local and self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="tst_ray-curves-"))
         if self._scratch is None:
-            self._folder.make(private=True)  # they show the config, too
-        folder = str(self._scratch or self._folder.path)
-        self._board = SummaryWriter(folder, purge_step=self._purge_step)
+            folder.make(private=True)  # they show the config, too
+        self._board = SummaryWriter(str(self._scratch or folder.path), purge_step=self._purge_step)
         return self._board
 
     def close(self) -> None:
@@ -115,6 +130,6 @@ def _wait_for_a_later_name(folder: Storage) -> None:
     TensorBoard reads event files by name, and a name starts with whole seconds: two of one second
     may be read the wrong way round, and the older attempt's points would stand.
     """
-    stamps = [name.split(".")[3] for name in folder.names() if name.startswith("events.out.")]
+    stamps = [name.split(".")[3] for name in folder.names() if name.startswith(_EVENT_FILE)]
     while str(int(time.time())).zfill(10) in stamps:
         time.sleep(0.02)

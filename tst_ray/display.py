@@ -99,7 +99,7 @@ def _flush() -> None:
 def watch(run: Storage, plan: Plan, terminal: Terminal) -> Iterator[None]:
     """Show the run's progress, read from its metrics, while the block runs."""
     stop = threading.Event()
-    live = terminal.console.is_terminal
+    live = terminal.console.is_terminal and not terminal.console.is_dumb_terminal
     target = _show_bars if live else _show_lines
     thread = threading.Thread(target=target, args=(run, plan, terminal, stop), daemon=True)
     thread.start()
@@ -164,7 +164,16 @@ def _show_bars(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Eve
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=terminal.console, refresh_per_second=4) as progress:
+    progress = Progress(
+        *columns,
+        console=terminal.console,
+        refresh_per_second=4,
+        # Output of this process goes above the bars if it goes to a terminal. Under `quiet` it
+        # goes to the log, from where rich must not take it back.
+        redirect_stdout=os.isatty(1),
+        redirect_stderr=os.isatty(2),
+    )
+    with progress:
         tasks = [
             progress.add_task(
                 describe_phase(phase, len(plan.phases)), total=phase.steps, start=False, status=""
@@ -229,3 +238,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(share: float) -> str:
+    """A share as 12.3 %."""
+    return f"{share * 100:.1f} %"

@@ -224,6 +224,12 @@ def write_hparams(
 ) -> None:
     """Record the run's settings with its final metrics under TensorBoard's HParams tab.
 
+    The metrics are the curves' own tags, of which the tab shows the last point: tags of their own
+    would be cards of one point among the curves.
+
+    Args:
+        final: the last step's metrics, by their fields in metrics.jsonl.
+
     Raises:
         OSError: storage does not take it.
     """
@@ -234,14 +240,12 @@ def write_hparams(
         for name, value in flatten(hparams).items()
         if value is not None
     }
-    metrics = {f"final/{name}": value for name, value in final.items()}
+    metrics = {TAGS[name]: value for name, value in final.items()}
 
     def draw(board: SummaryWriter) -> None:
         # The writer's own add_hparams would open a second run beside this one's curves.
         for summary in hparams_summary(flat, metrics):
             board._get_file_writer().add_summary(summary, step)
-        for name, value in metrics.items():
-            board.add_scalar(name, value, step)
 
     curves = Curves(run)
     curves.add(step, draw)

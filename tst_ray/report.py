@@ -16,7 +16,14 @@ from pipelines.errors import one_line
 from tst_ray.checkpoint import MARKER, CheckpointInfo, read_meta, step_of, verify
 from tst_ray.coordinator import Outcome
 from tst_ray.curves import TENSORBOARD
-from tst_ray.display import describe_phase, duration, plain_console, show_loss, wide_console
+from tst_ray.display import (
+    describe_phase,
+    duration,
+    percent,
+    plain_console,
+    show_loss,
+    wide_console,
+)
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
 from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS
@@ -108,10 +115,10 @@ def account_lines(time_s: dict[str, float]) -> list[str]:
     wall = sum(time_s.values())
     if wall <= 0:
         return []
-    lines = [f"time: {duration(wall)} in all, {time_s['stepping'] / wall:.1%} in steps that count"]
+    lines = [f"total {duration(wall)}, goodput {percent(time_s['stepping'] / wall)}"]
     parts = sorted(time_s.items(), key=lambda part: -part[1])
     lines += [
-        f"  {name.replace('_', ' '):<18} {seconds:10,.1f} s  {seconds / wall:6.1%}"
+        f"  {name.replace('_', ' '):<18} {seconds:10,.1f} s  {percent(seconds / wall):>7}"
         for name, seconds in parts
         if seconds >= 0.05
     ]

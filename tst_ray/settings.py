@@ -33,9 +33,17 @@ RESERVED_NAMES = frozenset({"tokenizer", "units"})  # folders beside the sources
 # ---- kinds of values ---------------------------------------------------------------------------
 
 
+def _as_whole(value: Any) -> Any:
+    """A whole number, however it is written: 1e3 and 1000.0 as 1000. Others stay as they are."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def _as_range(value: Any) -> Any:
     """Both spellings of a worker count, N and [min, max], as (min, max)."""
+    value = _as_whole(value)
     pair = [value, value] if isinstance(value, int) else value
+    if isinstance(pair, list | tuple):
+        pair = [_as_whole(number) for number in pair]
     whole = isinstance(pair, list | tuple) and all(type(n) is int for n in pair)
     if not whole or len(pair) != 2:
         raise ValueError("must be a number of workers or [min, max]")
@@ -47,7 +55,8 @@ def _as_range(value: Any) -> Any:
 
 
 def _as_part(value: Any) -> Any:
-    """A part of the run: a share below 1, or a whole number of steps."""
+    """A part of the run: a share below 1, or a whole number of steps (1.0 might mean either)."""
+    value = _as_whole(value) if type(value) is float and value > 1 else value
     if type(value) not in (int, float) or value < 0 or (type(value) is float and not value < 1):
         raise ValueError("must be a share of the steps in [0, 1), or a whole number of steps")
     return value
@@ -70,7 +79,8 @@ def _custom(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+Count = Annotated[Whole, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 StepPart = Annotated[int | float, PlainValidator(_as_part)]
@@ -167,7 +177,7 @@ class RunConfig(_Section):
     """the name of the run's directory: letters, digits, '.', '_' and '-'"""
     storage: str = Field(default="runs", min_length=1)
     """the folder or URL that holds run directories"""
-    seed: int = Field(default=0, ge=0, le=2**64 - 1)
+    seed: Whole = Field(default=0, ge=0, le=2**64 - 1)
     """the seed of the weights and of the data's order"""
 
 
@@ -231,7 +241,7 @@ class DataConfig(_Section):
     """with prepared: each source's weight in the mixture, by name; their tokens unless given"""
     tokenizer: str = "train"
     """train (on the text itself), or a tokenizer's Hugging Face id or folder"""
-    vocab_size: int = Field(default=1024, ge=1, le=2**24)
+    vocab_size: Whole = Field(default=1024, ge=1, le=2**24)
     """the vocabulary of a tokenizer that is trained"""
     validation_share: float = Field(default=0.04, ge=0, lt=1)
     """the share of the text held out for validation; 0.001 is enough of some gigabytes"""
@@ -396,7 +406,7 @@ class MetricsConfig(_Section):
 class FaultConfig(_Section):
     """What happens when something goes wrong."""
 
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Whole = Field(default=3, ge=0)
     """failures in a row, without progress between them, that a run survives"""
     max_node_failures: Count | None = None
     """failures on one node within a day, after which it is left out where that pays; null: never"""
@@ -406,11 +416,11 @@ class FaultConfig(_Section):
     """steps in a row with a loss or gradient that is not finite, after which the run rolls back"""
     spike_z: float | None = Field(default=10.0, gt=0)
     """how far above its recent median a loss is a spike, in robust deviations; null: never"""
-    spike_window: int = Field(default=128, ge=8)
+    spike_window: Whole = Field(default=128, ge=8)
     """steps that make the recent median; a phase's first ones have no spikes"""
     spike_steps: Count = 16
     """spikes in a row that make the run roll back"""
-    max_rollbacks: int = Field(default=3, ge=0)
+    max_rollbacks: Whole = Field(default=3, ge=0)
     """roll-backs of a run, after which the next one stops it"""
     hang_s: float | None = Field(default=60.0, gt=0)
     """seconds without progress that are a hang, raised by the run's own times; null: never"""
@@ -458,7 +468,9 @@ class Config(_Section):
             if phases is None:
                 raw["tst"] = {"workers": 1, **tst}
         if isinstance(train, Mapping) and "steps" not in train and isinstance(phases, list):
-            steps = [phase.get("steps") for phase in phases if isinstance(phase, Mapping)]
+            steps = [
+                _as_whole(phase.get("steps")) for phase in phases if isinstance(phase, Mapping)
+            ]
             if steps and all(type(number) is int for number in steps):
                 raw["train"] = {**train, "steps": sum(steps)}
         return raw
@@ -474,6 +486,8 @@ class Config(_Section):
 
     def workers_of(self, phase: PhaseConfig) -> tuple[int, int]:
         """(min, max) workers of a phase."""
+        if self.cluster.backend == "inline":  # one process, whatever is written for Ray
+            return 1, 1
         return phase.workers or self.cluster.workers
 
     def dump(self) -> dict[str, Any]:

@@ -10,6 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tst_ray.curves import curves_folder
+from tst_ray.storage import Storage
+
 CURVES = (
     ("loss/train", "training loss, nats"),
     ("loss/validation", "validation loss, nats"),
@@ -19,7 +22,7 @@ CURVES = (
 
 
 def main(run: str, picture: str) -> None:
-    board = EventAccumulator(f"{run}/tensorboard", size_guidance={"scalars": 0})
+    board = EventAccumulator(curves_folder(Storage(run)).path, size_guidance={"scalars": 0})
     board.Reload()
     switch = next((point.step for point in board.Scalars("run/phase") if point.value > 0), None)
     figure, axes = plt.subplots(1, len(CURVES), figsize=(15, 3.4), layout="constrained")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaConfig
 
+from tests.chaos import small_filesystem
 from tests.test_bad_input import arguments, interrupted
 from tests.test_runs import SETTINGS, write_text
 from tst_ray.checkpoint import committed
@@ -151,3 +153,33 @@ def test_status_tells_where_it_stands(run: Storage, capsys: pytest.CaptureFixtur
     assert main(["status", run.url]) == 0
     said = capsys.readouterr().out
     assert "finished" in said and "step 4 of 4" in said and "newest checkpoint: step 4" in said
+
+
+def test_a_local_model_needs_no_temporary_folder(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may be small, as a job's memory-backed one is."""
+    with small_filesystem(tmp_path / "small", 1) as small:
+        (small / "filler").write_bytes(b"x" * (1 << 20))
+        monkeypatch.setattr("tempfile.tempdir", str(small))
+        _, folder = export_run(run, str(tmp_path / "model"))
+    assert json.loads(Path(folder, "config.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "small"]
+
+
+def test_a_model_for_which_there_is_no_room_is_told_in_a_line(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_filesystem(tmp_path / "small", 1) as small:
+        monkeypatch.setattr("tempfile.tempdir", str(small))
+        (small / "filler").write_bytes(b"x" * (1 << 20))
+        with pytest.raises(RunError, match=r"small: the model takes .* set TMPDIR to a larger"):
+            export_run(run, "memory://far/model")
+        with pytest.raises(RunError, match=r"small: the model takes .* make room there, then run"):
+            export_run(run, str(small / "model"))
+        # as where others fill it meanwhile
+        usage = SimpleNamespace(free=1 << 40)
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+        with pytest.raises(RunError, match=r"small: is full \(.*set TMPDIR to a larger"):
+            export_run(run, "memory://far/model")
+        assert [path.name for path in small.iterdir()] == ["filler"]

@@ -104,7 +104,7 @@ def test_an_autoscaler_is_asked_for_the_workers_that_pay(
     assert look(4, 8) == [1, 1], "nothing is left to do"
     assert look(1, 3) == [1, 1], "there can be no more"
     assert look(4, 0) == [4, 4], "how long a step takes is not known yet: as before"
-    monkeypatch.setattr("tst_ray.room.is_coordinated", lambda: False)
+    monkeypatch.setattr("tst_ray.autoscaler.is_coordinated", lambda: False)
     assert look(4, 3) == [4, 4]
     assert look(4, 8) == [], "Ray Train asks for those at work itself"
     assert look(1, 3) == []

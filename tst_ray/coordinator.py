@@ -50,6 +50,7 @@ from tst_ray.metrics import EVENTS, add_event, one_line_a_step, try_event, write
 from tst_ray.nodes import (
     ask_autoscaler,
     check_capacity,
+    keep_nodes,
     least_workers,
     object_stores,
     unused_gpus,
@@ -359,9 +360,9 @@ class Coordinator:
     def _nodes_for_reading(self) -> Iterator[None]:
         """Let text be tokenized on all nodes: those that workers asked for count as theirs.
 
-        Ray Data asks for nodes itself, by the work that it has.
+        Ray Data keeps busy those that it needs.
         """
-        self._let_go()
+        keep_nodes(self.config)
         yield
 
     def _let_go(self) -> None:

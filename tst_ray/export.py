@@ -8,14 +8,18 @@ Nothing of this project is needed to load the folder.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import one_line
 from tst_ray.checkpoint import CheckpointInfo, find_good
 from tst_ray.errors import RunError
 from tst_ray.metrics import add_event
@@ -77,12 +81,49 @@ def export_run(
     set_model_state_dict(model, state["model"])
 
     target = folder or (run / "model").url
-    with tempfile.TemporaryDirectory() as scratch:
+    num_bytes = sum(value.numel() * value.element_size() for value in model.parameters())
+    with _scratch(Storage(target), num_bytes) as scratch:
         model.hf_model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        write_for_both(Path(scratch), generation_config(section, plan.get("model")))
-        _publish(Path(scratch), Storage(target), is_ours=folder is None)
+        write_for_both(scratch, generation_config(section, plan.get("model")))
+        _publish(scratch, Storage(target), is_ours=folder is None)
     return info.step, target
+
+
+@contextlib.contextmanager
+def _scratch(target: Storage, num_bytes: int) -> Iterator[Path]:
+    """A folder to write a model in: beside its place; for an object store, of temporary files.
+
+    Args:
+        num_bytes: what the weights take.
+
+    Raises:
+        RunError: they do not fit there.
+    """
+    if target.is_local:
+        place = Path(target.path)
+        folder, remedy = place.with_name(f".{place.name}.new"), "make room there"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="tst-ray-model-"))
+        remedy = "make room there, or set TMPDIR to a larger folder"
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise RunError(
+                f"{folder.parent}: the model takes {num_bytes / 2**20:,.1f} MiB, and "
+                f"{free / 2**20:,.1f} are free; {remedy}, then run the same command"
+            )
+        yield folder
+    except Exception as error:  # the library of the weights raises others than OSError
+        if "os error 28" not in str(error) and getattr(error, "errno", 0) != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"{folder.parent}: is full ({one_line(error)}); {remedy}, then run the same command"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sample_text(folder: str, num_samples: int = 3, length: int = 60) -> list[str]:
@@ -173,28 +214,22 @@ def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:
         raise RunError(
             f"{place}: holds other files than a model ({others[0]}); name an empty or a new folder"
         )
-    fresh = place.with_name(f".{place.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    _copy(scratch, fresh)
+    _let_others_read(scratch)
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
-    fresh.rename(place)
+    scratch.rename(place)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a folder's contents, not its modes: others may read it if the umask lets them.
-
-    Temporary folders are their owner's alone, and safetensors makes its files so.
-    """
-    target.mkdir()
-    for path in source.iterdir():
-        if path.is_dir():
-            _copy(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+def _let_others_read(folder: Path) -> None:
+    """Give each file the mode of config.json, which the umask decides: safetensors keeps its own to
+    their owner."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _others(place: Path, written: set[str]) -> list[str]:

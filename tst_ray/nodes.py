@@ -264,6 +264,23 @@ def ask_autoscaler(config: Config, num_workers: int, without: Collection[str] = 
         log.warning("the autoscaler was not asked: %s", error)
 
 
+def keep_nodes(config: Config) -> None:
+    """Ask an autoscaler for no more than to leave the nodes that are there, for a minute.
+
+    In place of what the run asked for before, which counts as used: Ray Data takes for its own only
+    what nobody asks for. A byte on each node holds it, where the autoscaler knows label selectors.
+    """
+    if not autoscaler.is_coordinated():  # such a request would stay
+        ask_autoscaler(config, 0)
+        return
+    try:
+        nodes = [node.node_id for node in living_nodes()]
+        bundles = [{"object_store_memory": 1.0}] * len(nodes)
+        autoscaler.ask(autoscaler.requester(config), bundles, [only_on([node]) for node in nodes])
+    except Exception as error:
+        log.warning("the autoscaler was not asked: %s", error)
+
+
 def away_from(nodes: Collection[str]) -> dict[str, str]:
     """The label selector that keeps off some nodes, by Ray's ids.
 

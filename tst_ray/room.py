@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pipelines.errors import one_line
-from tst_ray.autoscaler import is_coordinated
+from tst_ray import autoscaler
 from tst_ray.errors import RunError, UserError
 from tst_ray.nodes import (
     address_of,
@@ -175,6 +175,6 @@ class Room:
             at_work: how many train; where Ray Train asks for those itself, both would add up.
         """
         self._asked = self._asked if workers is None else workers
-        if self._asked <= at_work and not is_coordinated():
+        if self._asked <= at_work and not autoscaler.is_coordinated():
             return
         ask_autoscaler(self._config, self._asked, self.without)

@@ -8,9 +8,11 @@ import pytest
 from tests.models import VOCAB, section, tiny
 from tests.test_bad_input import arguments
 from tests.test_runs import write_text
+from tests.tiny import make_config, make_corpus
 from tst_ray.architecture import check_supported
 from tst_ray.cli import main
 from tst_ray.config import load_config
+from tst_ray.corpus import _ignored
 from tst_ray.errors import ConfigError
 from tst_ray.model import build_model
 from tst_ray.model_config import hf_config, ignored_fields, ignored_vocabulary
@@ -84,6 +86,16 @@ def test_what_a_shipped_model_says_is_not_the_users() -> None:
     assert "vocab_size = 512: it is ignored" in ignored_vocabulary(own, 2_000)[0]
     no_loss = ["--model=paper-10b-a1b", "--model.config.output_router_logits=false"]
     assert ignored_fields(load_config(None, no_loss).model) == []
+
+
+def test_what_a_shipped_configuration_says_of_prepared_text_is_not_the_users(
+    tmp_path: Path,
+) -> None:
+    manifest = make_corpus(tmp_path / "shards")
+    shares = {"0.0001": 0, "0.3": 1}  # the papers' configurations have the first
+    for share, told in shares.items():
+        config = make_config(tmp_path, manifest, data__validation_share=share)
+        assert len(_ignored(config, manifest)) == told
 
 
 def test_a_run_tells_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

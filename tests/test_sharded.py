@@ -185,3 +185,14 @@ def test_beside_a_gpu_nothing_waits_for_it(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(staging, "_create_cpu_state_dict", unpinned)
     assert write(Stager().stage(make_state()), tmp_path)
+
+
+def test_a_process_alone_saves_and_loads_without_a_warning(tmp_path: Path) -> None:
+    """It is meant to be alone; and pytest would hide what a user sees."""
+    script = (
+        "import sys, torch; from pathlib import Path; from tst_ray.sharded import read_full, write;"
+        "from tst_ray.storage import Storage; state = {'a': torch.ones(2)};"
+        "write(state, Path(sys.argv[1])); read_full(Storage(sys.argv[1]), state)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 LIST = """
     errors settings checks config timeouts goodput plan estimates storage corpus chunked_loss
     bag_kernels superposition model_config trial architecture model optim checkpoint sharded
-    checkpointer guard background curves metrics watchdog journal job batches speed saving
-    worker elastic suspects network interrupts forkclient forkserver nodes session hold runstore
-    sight memory reading group room growth stage display preview reference export tasks
-    coordinator report bench cli run
+    checkpointer guard background curves metrics watchdog journal job batches speed saving worker
+    elastic suspects network interrupts forkclient forkserver nodes session hold liveness runstore
+    sight memory reading group room growth stage display origins outlook preview reference export
+    tasks coordinator report bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

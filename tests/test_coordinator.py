@@ -269,7 +269,8 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
     for name in ("build_order", "build_feeds", "newest_step"):
         monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
-    monkeypatch.setattr("tst_ray.outlook.passes", lambda order: {})
+    for name, told in (("passes", {}), ("at_start", [])):
+        monkeypatch.setattr(f"tst_ray.outlook.{name}", lambda *args, told=told: told)
     for name in ("_corpus_of", "_charge", "_record_plan", "_train", "_finish"):
         monkeypatch.setattr(blind, name, lambda *args, **options: None)
     blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray", None))

@@ -93,7 +93,7 @@ def test_a_run_is_finished_whatever_was_done_to_its_logs(tmp_path: Path, damage:
         a_bit_flips(run, "events.jsonl", b"event")
     elif damage == "removed":
         run.remove("metrics.jsonl")
-    outcome = driver._finish(run, [])
+    outcome = driver._finish(run, [], {})
     page = Console(file=io.StringIO(), width=200)
     print_summary(outcome, page)
     said = page.file.getvalue()  # type: ignore[attr-defined]
@@ -269,6 +269,8 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
     for name in ("build_order", "build_feeds", "newest_step"):
         monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
+    for name, told in (("passes", {}), ("at_start", [])):
+        monkeypatch.setattr(f"tst_ray.outlook.{name}", lambda *args, told=told: told)
     for name in ("_corpus_of", "_charge", "_record_plan", "_train", "_finish"):
         monkeypatch.setattr(blind, name, lambda *args, **options: None)
     blind._drive(Storage(str(tmp_path)), "ray", blind._begin_check("ray", None))

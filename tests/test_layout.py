@@ -14,8 +14,9 @@ LIST = """
     model_config trial architecture pretrained model optim dcp_metadata checkpoint sharded
     checkpointer guard background curves metrics watchdog journal job batches speed saving
     worker elastic suspects network interrupts forkclient forkserver autoscaler nodes
-    host_memory session hold runstore sight memory reading group room growth stage display
-    shape preview reference exported export tasks coordinator report bench cli run
+    host_memory session hold liveness runstore sight memory reading group room growth stage
+    display shape origins outlook preview reference exported export tasks coordinator report
+    bench cli run
 """
 ORDER = LIST.split()
 MODULES = sorted(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from tst_ray.checkpoint import CheckpointInfo, remove
 from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.coordinator import Outcome
-from tst_ray.display import Terminal
+from tst_ray.display import Terminal, plain_console
 from tst_ray.goodput import Account
 from tst_ray.journal import read_state
+from tst_ray.liveness import driver_state
 from tst_ray.plan import build_plan
 from tst_ray.preview import plan_facts, print_plan
 from tst_ray.report import (
@@ -83,8 +87,83 @@ def test_status_does_not_take_a_dead_run_for_one_at_work(
         run.write_json("run.json", state)
         assert main(["status", run.url]) == 0
         said = capsys.readouterr().out
-        assert ("nothing heard of it for 1:00:0" in said) is dead
+        assert ("no news of it for 1:00:0" in said) is dead
         assert ("left" in said) is (not dead and status == "running")
+
+
+def test_status_says_loss_and_speed(finished: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = status_facts(finished)
+    last = finished.read_lines("metrics.jsonl")[-1]
+    assert (facts["loss"], facts["val_loss"]) == (last["loss"], last["val_loss"])
+    plain = [r["step_time_s"] for r in finished.read_lines("metrics.jsonl") if r["phase"] == 1]
+    assert facts["steps_per_s"] == pytest.approx(len(plain) / sum(plain), rel=0.01)
+    assert facts["tokens_per_s"] == last["tokens_per_s"]
+    print_status(facts)
+    said = capsys.readouterr().out
+    assert f"loss {last['loss']:.3f}, validation loss {last['val_loss']:.3f}, " in said
+    assert " steps/s, " in said and " tokens/s" in said
+
+
+def test_people_count_phases_from_one_and_programs_from_zero(
+    finished: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = status_facts(finished)
+    facts["last_events"] = [
+        {"time": 0.0, "event": "phase_start", "phase": number} for number in (0, 1)
+    ]
+    assert (facts["phase"], facts["last_record"]["phase"]) == (1, 1)
+    print_status(facts)
+    said = capsys.readouterr().out
+    assert "phase 2, step 8 of 8" in said
+    assert "phase_start  phase 1\n" in said and "phase_start  phase 2\n" in said
+
+
+def test_status_sees_at_once_that_a_driver_here_has_ended(
+    finished: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "killed")
+    run = Storage(str(tmp_path / "killed"))
+    run.write_json("run.json", read_state(run) | {"status": "running", "updated": time.time()})
+    code = (
+        "import sys\nfrom tst_ray.hold import hold\nfrom tst_ray.storage import Storage\n"
+        "with hold(Storage(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, run.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert driver.stdout and driver.stdout.readline() == b"held\n"
+    assert status_facts(run)["driver"] == "running"
+    driver.kill()
+    os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked for it
+    assert status_facts(run)["driver"] == "gone"
+    driver.wait()
+    assert main(["status", run.url]) == 0
+    said = capsys.readouterr().out
+    assert "not running: its driver has ended; the same command resumes it" in said
+    assert "no news" not in said and "left" not in said
+    owner = run.read_json("driver.lock") or {}
+    for change, state in (
+        ({"pid": os.getpid(), "since": time.time()}, "running"),
+        ({"pid": os.getpid(), "since": time.time() - 10**6}, "gone"),  # it got that number later
+        ({"host": "elsewhere"}, None),
+        ({"pids": "pid:[1]"}, None),
+    ):
+        run.write_json("driver.lock", owner | change)
+        assert driver_state(run) == state, change
+    run.write("driver.lock", "")
+    assert driver_state(run) is None
+
+
+def test_a_run_that_knows_its_text_by_heart_is_told_so(
+    finished: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = build_plan(load_config(None, ["--train.steps=100"]))
+    val_loss = 0.9 + max(record["loss"] for record in finished.read_lines("metrics.jsonl"))
+    for counts, warned in (({"web": 0.3, "notes": 57.2}, True), ({"web": 2.0}, False)):
+        outcome = Outcome(finished, plan, {}, val_loss, "", (), None, Account(0.0), counts)
+        print_summary(outcome, plain_console())
+        said = capsys.readouterr().out
+        assert ("in 57.2 passes the model has learnt the text by heart" in said) is warned
 
 
 def test_checkpoints_are_listed_and_verified(
@@ -154,7 +233,9 @@ def test_what_rich_takes_for_markup_is_shown_as_it_is(
     """Folders and sources are named by people."""
     config = load_config(None, ["--train.steps=100"])
     run, name = Storage(str(tmp_path / "[old] :smile:")), "[old] :smile:"
-    outcome = Outcome(run, build_plan(config), {}, None, f"{run.url}/model", (), None, Account(0.0))
+    outcome = Outcome(
+        run, build_plan(config), {}, None, f"{run.url}/model", (), None, Account(0.0), {}
+    )
     terminal = Terminal()
     terminal.say(name)
     print_summary(outcome, terminal.console)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pipelines.addresses import masked
 from pipelines.errors import DataError
 from tst_ray.bench import BENCHES
-from tst_ray.errors import UserError
+from tst_ray.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from tst_ray.settings import Config
@@ -81,13 +81,13 @@ class _Version(argparse.Action):
         from importlib.metadata import PackageNotFoundError, version
         from platform import python_version
 
-        from tst_ray import __version__
+        import tst_ray
 
         parts = [f"Python {python_version()}"]
         for package in ("torch", "ray", "transformers"):
             with contextlib.suppress(PackageNotFoundError):
                 parts.append(f"{package} {version(package)}")
-        print(f"tst-ray {__version__} ({', '.join(parts)})")
+        print(f"tst-ray {tst_ray.__version__} ({', '.join(parts)})")
         parser.exit()
 
 
@@ -220,9 +220,13 @@ def _print_prepared(facts: dict[str, Any]) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     config = _config(args)
+    from tst_ray.origins import find_origins
     from tst_ray.preview import plan_facts, print_plan
 
-    _show(args, plan_facts(config), print_plan)
+    facts = plan_facts(config, find_origins(args.config, args.overrides))
+    _show(args, facts, print_plan)
+    if facts["problems"]:
+        raise ConfigError("\n".join(facts["problems"]))
 
 
 def _status(args: argparse.Namespace) -> None:

@@ -65,9 +65,19 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with everything that is wrong, a line each.
     """
+    raw, failures = read_settings(path, overrides)
+    return parse_config(raw, failures)
+
+
+def read_settings(path: str | None, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a file and overrides say, unchecked, and what is wrong with the overrides' form.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     raw = _read_file(path) if path is not None else {}
     failures = [line for line in (_override(raw, text) for text in _in_order(overrides)) if line]
-    return parse_config(raw, failures)
+    return raw, failures
 
 
 def _in_order(overrides: Sequence[str]) -> list[str]:
@@ -125,7 +135,7 @@ def diff(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Returns:
         Lines such as "train.batch_size: run has 16, now 32"; none if one may resume the other.
     """
-    before, after = dict(_leaves(run)), dict(_leaves(now))
+    before, after = dict(leaves(run)), dict(leaves(now))
     lines = []
     for path in dict.fromkeys([*before, *after]):
         plain = ".".join(map(str, path))
@@ -324,13 +334,13 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def _leaves(value: Any, path: SettingPath = ()) -> Iterator[tuple[SettingPath, Any]]:
+def leaves(value: Any, path: SettingPath = ()) -> Iterator[tuple[SettingPath, Any]]:
     """Every single value in a tree of mappings and lists of mappings."""
     if isinstance(value, Mapping) and value:
         for key, below in value.items():
-            yield from _leaves(below, (*path, key))
+            yield from leaves(below, (*path, key))
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value):
-            yield from _leaves(item, (*path, number))
+            yield from leaves(item, (*path, number))
     else:
         yield path, value

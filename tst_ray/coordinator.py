@@ -27,6 +27,7 @@ from pipelines.errors import BadInput, DataError
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest
 from pipelines.order import ORDER_VERSION
+from tst_ray import outlook
 from tst_ray.checkpoint import newest_step
 from tst_ray.corpus import (
     build_feeds,
@@ -83,6 +84,7 @@ class Outcome:
         samples: a few continuations by the trained model.
         log_path: where Ray's output went; None without Ray.
         account: where the time went.
+        passes: over each source of text, by its name.
     """
 
     run: Storage
@@ -93,6 +95,7 @@ class Outcome:
     samples: tuple[str, ...]
     log_path: str | None
     account: Account
+    passes: dict[str, float]
 
 
 def prepare_only(
@@ -320,6 +323,10 @@ class Coordinator:
         order = build_order(self.config, self.plan, manifest)
         if len(shares := mixture(order)) > 1:
             self.say(f"mixture: {shown_mixture(shares)}")
+        counts = outlook.passes(order)
+        if not newest_step(run):
+            for line in outlook.at_start(self.config, self.plan, shape, counts):
+                self.say(line)
         feeds = build_feeds(self.plan, order, manifest, run.location(MANIFEST))
         self._record_plan(run, manifest, model)
         while True:
@@ -335,7 +342,7 @@ class Coordinator:
             step, samples = self._result(run, export, "closing")
             self._charge(run, "closing")
             if step == self.plan.total_steps:
-                return self._finish(run, samples)
+                return self._finish(run, samples, counts)
             if newest_step(run) >= self.plan.total_steps:
                 raise RunError(
                     f"{run.url}: the last checkpoint cannot be read now; the same command tries "
@@ -416,7 +423,7 @@ class Coordinator:
         how = f"resuming at step {step:,}" if step else "from the first step"
         self.say(f"training {names} on {_workers(stage[0])}, {how}")
 
-    def _finish(self, run: Storage, samples: list[str]) -> Outcome:
+    def _finish(self, run: Storage, samples: list[str], passes: dict[str, float]) -> Outcome:
         records = one_line_a_step(run)
         step = self.plan.total_steps
         last = next((record for record in records.values() if record["step"] == step), {})
@@ -438,6 +445,7 @@ class Coordinator:
             tuple(samples),
             self.log_path,
             account,
+            passes,
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from pipelines.corpus import SourceSpec, check_source
+from pipelines.corpus import Corpus, SourceSpec, check_source, find_files
 from pipelines.errors import BadInput, DataError, Missing, Unreadable
 from pipelines.ingest import Feed
 from pipelines.manifest import Manifest, verify_shards
@@ -241,19 +241,33 @@ def find_prepared(config: Config) -> Manifest | None:
         return None
 
 
+def source_files(config: Config, spec: SourceSpec, say: Say) -> Corpus:
+    """The files of a source of text; what is left out is told.
+
+    Raises:
+        DataError: it is not there, or has no text.
+    """
+    return find_files(spec, (cache_folder(config),), say)
+
+
 def shards_folder(config: Config) -> str:
     """Where the run's shards are, or will be: in `data.prepared`, or below the cache."""
     prepared = config.data.prepared
     return absolute(prepared) if prepared else _preparation(config)[2]
 
 
+def source_specs(config: Config) -> tuple[SourceSpec, ...]:
+    """The sources of text as `pipelines` knows them."""
+    return tuple(
+        SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
+        for s in config.data.sources
+    )
+
+
 def _preparation(config: Config) -> tuple[tuple[SourceSpec, ...], dict[str, Any], str]:
     """The sources, the settings, and the folder of shards that belongs to them."""
     data = config.data
-    sources = tuple(
-        SourceSpec(path=s.path, name=s.name, weight=s.weight, text_field=s.text_field)
-        for s in data.sources
-    )
+    sources = source_specs(config)
     settings: dict[str, Any] = {
         "tokenizer": data.tokenizer,
         "vocab_size": data.vocab_size,

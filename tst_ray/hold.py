@@ -65,12 +65,12 @@ def _owner() -> dict[str, Any]:
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "pids": _pid_namespace(),
+        "pids": pid_namespace(),
         "since": round(time.time(), 1),
     }
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
     """Where this process has its number: a container's processes have numbers of their own."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")

@@ -122,6 +122,8 @@ class MetricsLog:
 
 def _draw(board: SummaryWriter, values: dict[str, Any], now: float) -> None:
     """A step's points, as of when it ended."""
+    if values.get("phase") is not None:
+        values = {**values, "phase": values["phase"] + 1}  # people count them from 1
     for field, tag in TAGS.items():
         if values.get(field) is not None:
             board.add_scalar(tag, values[field], values["step"], walltime=now)  # type: ignore[no-untyped-call]

@@ -21,15 +21,20 @@ from tst_ray.display import (
     duration,
     percent,
     plain_console,
+    short_number,
     show_loss,
     wide_console,
 )
 from tst_ray.errors import RunError
 from tst_ray.goodput import Account
-from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS
+from tst_ray.liveness import driver_state
+from tst_ray.metrics import EVENT_FIELDS, EVENTS, METRICS, recent_records
+from tst_ray.outlook import overfit
 from tst_ray.storage import Storage
 
 _QUICK_BYTES = 256 << 20  # a checkpoint so small is read in about a second
+_LAST_STEPS = 50  # whose mean is the training loss that a run ended with
+_RECENT_STEPS = 100  # by which speed is told
 _SILENT_S = 120.0  # a run that trains writes run.json after each step, or every few seconds
 
 
@@ -40,13 +45,15 @@ def status_facts(run: Storage) -> dict[str, Any]:
         RunError: it is not a run directory.
     """
     state = _state_of(run)
-    records = run.tail_records(METRICS, 1 << 16, ("step", "step_time_s"))
-    step_time_s = sum(r["step_time_s"] for r in records) / len(records) if records else None
+    records = run.tail_records(METRICS, 1 << 20, ("step", "step_time_s"))
+    recent = records[-_RECENT_STEPS:]
+    step_time_s = sum(r["step_time_s"] for r in recent) / len(recent) if recent else None
     left = state["total_steps"] - state["step"] if "total_steps" in state else None
     silent_s = time.time() - state["updated"]
     at_work = state["status"] in ("starting", "running")
     silent = at_work and silent_s > max(_SILENT_S, 5 * (step_time_s or 0))
-    running = state["status"] == "running" and not silent
+    driver = driver_state(run) if at_work else None
+    running = state["status"] == "running" and not silent and driver != "gone"
     newest = next((c for c in checkpoint_facts(run) if c["state"] == "committed"), None)
     account = Account.from_dict(state.pop("time", None), time.time())
     return {
@@ -54,6 +61,8 @@ def status_facts(run: Storage) -> dict[str, Any]:
         **state,
         "last_update_s_ago": round(silent_s, 1),
         "silent": silent,
+        "driver": driver,
+        **_progress_facts(records),
         "eta_s": round(left * step_time_s, 1) if running and left and step_time_s else None,
         "newest_checkpoint": newest["step"] if newest else None,
         "newest_checkpoint_checked": newest["checked"] if newest else None,
@@ -62,6 +71,23 @@ def status_facts(run: Storage) -> dict[str, Any]:
         "time_s": {part: round(seconds, 3) for part, seconds in account.parts.items()},
         "last_record": records[-1] if records else None,
         "last_events": run.tail_records(EVENTS, 1 << 20, EVENT_FIELDS)[-5:],
+    }
+
+
+def _progress_facts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Losses and speed by the newest records; None where there are none.
+
+    A speed is that of the steps alone: evaluations and waiting are in the account of time.
+    """
+    last = records[-1] if records else {}
+    recent = [r for r in records[-_RECENT_STEPS:] if r.get("phase") == last.get("phase")]
+    seconds = sum(record["step_time_s"] for record in recent)
+    evaluated = [record["val_loss"] for record in records if record.get("val_loss") is not None]
+    return {
+        "loss": last.get("loss"),
+        "val_loss": evaluated[-1] if evaluated else None,
+        "steps_per_s": round(len(recent) / seconds, 3) if seconds else None,
+        "tokens_per_s": last.get("tokens_per_s"),
     }
 
 
@@ -75,16 +101,21 @@ def _state_of(run: Storage) -> dict[str, Any]:
 def print_status(facts: dict[str, Any]) -> None:
     """The status as text."""
     say = plain_console().print
-    say(f"{facts['run']}: {facts['status']}")
+    gone = facts["driver"] == "gone"
+    status = "not running: its driver has ended; the same command resumes it"
+    say(f"{facts['run']}: {status if gone else facts['status']}")
     if "step" in facts and "total_steps" in facts:
+        workers = facts["world_size"]
         say(
             f"phase {facts['phase'] + 1}, step {facts['step']:,} of {facts['total_steps']:,}, "
-            f"{facts['world_size']} worker(s), attempt {facts['attempt']}"
+            f"{workers} worker{'s' if workers != 1 else ''}, attempt {facts['attempt']}"
         )
-    if facts["silent"]:
+    if facts["loss"] is not None or facts["steps_per_s"]:
+        say(_progress_line(facts))
+    if facts["silent"] and not gone:
         say(
-            f"nothing heard of it for {duration(facts['last_update_s_ago'])}: if its driver is "
-            "gone, the same command resumes it"
+            f"no news of it for {duration(facts['last_update_s_ago'])}: if its driver has ended, "
+            "the same command resumes it"
         )
     if facts["eta_s"] is not None:
         say(f"about {duration(facts['eta_s'])} left")
@@ -99,12 +130,26 @@ def print_status(facts: dict[str, Any]) -> None:
         say(f"  {_event_line(event)}")
 
 
+def _progress_line(facts: dict[str, Any]) -> str:
+    """loss 2.913, validation loss 2.871, 21.4 steps/s, 312k tokens/s"""
+    parts = [f"loss {show_loss(facts['loss'])}"]
+    if facts["val_loss"] is not None:
+        parts.append(f"validation loss {show_loss(facts['val_loss'])}")
+    if facts["steps_per_s"]:
+        parts.append(f"{facts['steps_per_s']:.3g} steps/s")
+    if facts["tokens_per_s"]:
+        parts.append(f"{short_number(facts['tokens_per_s'])} tokens/s")
+    return ", ".join(parts)
+
+
 def _event_line(event: dict[str, Any]) -> str:
     shown = {
         k: v
         for k, v in event.items()
         if k not in ("time", "event", "times", "node", "nodes", "spans")
     }
+    if isinstance(shown.get("phase"), int):
+        shown["phase"] += 1  # people count them from 1
     details = ", ".join(f"{k} {v}" for k, v in shown.items())
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
     return f"{when}  {event['event']}  {details}"
@@ -202,6 +247,10 @@ def print_summary(outcome: Outcome, console: Console) -> None:
         say(f"{describe_phase(phase, len(outcome.plan.phases))}: {did}")
     if outcome.val_loss is not None:
         say(f"final validation loss: {outcome.val_loss:.4f} nats a token")
+    losses = [record["loss"] for record in recent_records(outcome.run, _LAST_STEPS)]
+    losses = [loss for loss in losses if loss is not None]
+    if warning := overfit(losses, outcome.val_loss, outcome.passes):
+        say(warning)
     if outcome.samples:
         say("the model writes:")
         for sample in outcome.samples:

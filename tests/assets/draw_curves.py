@@ -24,7 +24,7 @@ CURVES = (
 def main(run: str, picture: str) -> None:
     board = EventAccumulator(curves_folder(Storage(run)).path, size_guidance={"scalars": 0})
     board.Reload()
-    switch = next((point.step for point in board.Scalars("run/phase") if point.value > 0), None)
+    switch = next((point.step for point in board.Scalars("run/phase") if point.value > 1), None)
     figure, axes = plt.subplots(1, len(CURVES), figsize=(15, 3.4), layout="constrained")
     for axis, (tag, title) in zip(axes, CURVES, strict=True):
         points = board.Scalars(tag)

@@ -184,8 +184,8 @@ def _few_steps(plan: Plan) -> str | None:
     if left >= FEW_RECOVERY_STEPS:
         return None
     return (
-        f"{left:,} plain steps follow the bags; with fewer than about {FEW_RECOVERY_STEPS:,} the demo "
-        "ended no better than without bags; raise train.steps, or try tst.ratio=0 as well"
+        f"{left:,} plain steps follow the bags; with fewer than about {FEW_RECOVERY_STEPS:,} the "
+        "demo ended no better than without bags; raise train.steps, or try tst.ratio=0 as well"
     )
 
 

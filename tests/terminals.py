@@ -18,10 +18,10 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(
-    arguments: Sequence[str], *, keys: dict[str, bytes] | None = None, patience_s: float = 240.0,
-    **environment: str,
+    arguments: Sequence[str], *, keys: dict[str, bytes] | None = None, columns: int = 160,
+    patience_s: float = 240.0, **environment: str,
 ) -> tuple[int, str]:  # fmt: skip
-    """Run a command on a pseudo-terminal of 40 lines of 160 columns.
+    """Run a command on a pseudo-terminal of 40 lines.
 
     Args:
         keys: what is typed once a text is first seen.
@@ -32,9 +32,10 @@ def on_a_terminal(
     waiting = dict(keys or {})
     pid, terminal = pty.fork()
     if pid == 0:
-        env = {"TERM": "xterm-256color", **os.environ, **environment}
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        ours = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+        env = {**ours, "TERM": "xterm-256color", **environment}
         os.execvpe(arguments[0], list(arguments), env)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     shown, deadline = b"", time.monotonic() + patience_s
     try:
         while time.monotonic() < deadline:

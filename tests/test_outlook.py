@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.corpus import Corpus, TextFile
 from tests.tiny import make_config, make_corpus
 from tst_ray.architecture import describe
 from tst_ray.config import load_config
@@ -24,6 +25,7 @@ from tst_ray.outlook import (
     phase_seconds,
     rough_duration,
     shown_passes,
+    text_bytes,
 )
 from tst_ray.plan import build_plan
 
@@ -102,6 +104,11 @@ def test_before_there_are_tokens_passes_are_estimated_from_bytes() -> None:
         load_config(None, ["--data.sources=[a, b]"]), plan, 1024, {"a": 10**6, "b": 10**5}
     )
     assert both["a"] == pytest.approx(both["b"])
+
+
+def test_a_compressed_file_holds_more_text_than_bytes() -> None:
+    files = tuple(TextFile(name, 100, None) for name in ("a.txt", "b.jsonl.gz", "c.Parquet"))
+    assert text_bytes(Corpus("web", "/", "text", files)) == 700
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def test_what_others_print_goes_to_the_log_and_not_between_the_bars(
     assert (tmp_path / "ray.log").read_text().count("noise") == 6
 
 
+def test_on_a_narrow_terminal_numbers_come_before_bars(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", NOISY, str(tmp_path), "quiet"]
+    _, wide = on_a_terminal(arguments)
+    _, narrow = on_a_terminal(arguments, columns=80)
+    assert "━" in wide and "lr 1.0e-03  10k tok/s  2 workers" in wide
+    assert re.search(r"phase 1/2 · bags of 4 +3/4 loss 2.500  val –  10k tok/s +-:--:--", narrow)
+
+
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", NOISY, str(tmp_path), "quiet"]
     status, shown = on_a_terminal(arguments, TERM="dumb")
@@ -95,9 +103,7 @@ def test_a_run_on_a_terminal_shows_our_lines_alone(tmp_path: Path) -> None:
     """And Ctrl-C, which the terminal sends to Ray's processes too, stops it with a checkpoint."""
     text = write_text(tmp_path / "text")
     arguments = command(tmp_path, text, "seen", train__steps=400, tst__ratio=0.5)
-    status, shown = on_a_terminal(
-        arguments, keys={"training phase 2": CTRL_C}, RAY_ADDRESS="", COLUMNS="160"
-    )
+    status, shown = on_a_terminal(arguments, keys={"training phase 2": CTRL_C}, RAY_ADDRESS="")
     run = tmp_path / "seen"
     assert status == 130, shown
     assert "the same command resumes" in shown and events(run, "stopped")

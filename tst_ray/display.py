@@ -26,6 +26,7 @@ _POLL_S = 0.5
 _LINE_EVERY_S = 15.0
 _TAIL_BYTES = 64 << 10
 _TABLE_WIDTH = 110
+_BARS_WIDTH = 120  # of a terminal that has room for bars beside the numbers
 # The second: an interrupt has a line to say while one waits for a terminal that stands still.
 _NOT_TAKEN = (OSError, RuntimeError)
 _FIELDS = ("step", "phase", "loss", "lr", "tokens_per_s", "world_size", "step_time_s")
@@ -139,15 +140,18 @@ class _Latest:
         return {**records[-1], "val_loss": self._val_loss} if records else None
 
 
-def _fields(record: dict[str, Any]) -> str:
-    """loss 2.913  val 2.871  lr 2.0e-03  312k tok/s  2 workers"""
-    val = show_loss(record["val_loss"])
-    workers = record["world_size"]
-    return (
-        f"loss {show_loss(record['loss'])}  val {val}  lr {record['lr']:.1e}  "
-        f"{short_number(record['tokens_per_s'])} tok/s  "
-        f"{workers} worker{'s' if workers != 1 else ''}"
-    )
+def _fields(record: dict[str, Any], narrow: bool = False) -> str:
+    """loss 2.913  val 2.871  lr 2.0e-03  312k tok/s  2 workers; without lr and workers if narrow"""
+    lr, count = f"lr {record['lr']:.1e}", record["world_size"]
+    workers = f"{count} worker{'s' if count != 1 else ''}"
+    parts = [
+        f"loss {show_loss(record['loss'])}",
+        f"val {show_loss(record['val_loss'])}",
+        *([] if narrow else [lr]),
+        f"{short_number(record['tokens_per_s'])} tok/s",
+        *([] if narrow else [workers]),
+    ]
+    return "  ".join(parts)
 
 
 def show_loss(loss: float | None) -> str:
@@ -156,10 +160,10 @@ def show_loss(loss: float | None) -> str:
 
 
 def _show_bars(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:
-    latest = _Latest(run)
+    latest, narrow = _Latest(run), terminal.console.width < _BARS_WIDTH
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        *([] if narrow else [BarColumn(bar_width=24)]),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -184,7 +188,7 @@ def _show_bars(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Eve
             finishing = stop.wait(_POLL_S)
             record = latest.read()
             if record:
-                _advance_bars(progress, tasks, plan, record)
+                _advance_bars(progress, tasks, plan, {**record, "status": _fields(record, narrow)})
             if finishing:
                 return
 
@@ -196,7 +200,7 @@ def _advance_bars(progress: Progress, tasks: list[Any], plan: Plan, record: dict
             progress.start_task(task)
         progress.update(task, completed=done)
         if phase.index == record["phase"]:
-            progress.update(task, status=_fields(record))
+            progress.update(task, status=record["status"])
 
 
 def _show_lines(run: Storage, plan: Plan, terminal: Terminal, stop: threading.Event) -> None:

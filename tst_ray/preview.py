@@ -33,6 +33,7 @@ from tst_ray.outlook import (
     passes,
     rough_duration,
     shown_passes,
+    text_bytes,
     training_seconds,
 )
 from tst_ray.plan import Phase, Plan, batch_split, build_plan
@@ -117,7 +118,7 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
             ):
                 phases[phase.index][name] = dict(zip(names, of_sources, strict=True))
     else:
-        sizes = {name: found.size for name, found in sources.items()}
+        sizes = {name: text_bytes(found) for name, found in sources.items()}
         estimated = estimated_passes(config, plan, shape.vocab_size, sizes)
         facts |= {"passes": estimated, "passes_are_estimated": True}
     facts["hints"] = [*remarks, *_refusals(config, plan), *hints(config, plan, facts["passes"])]

@@ -218,7 +218,7 @@ def test_few_bytes_of_a_token_go_through_the_object_store(tmp_path: Path) -> Non
 @pytest.mark.parametrize("step", [10**6, 10**9])
 def test_a_position_costs_the_same_anywhere(step: int) -> None:
     """No loop over steps or epochs."""
-    assert calls_for(step) <= calls_for(1) + 50  # a walk of the permutation may be longer
+    assert calls_for(step) <= calls_for(1) + 100  # a walk of the permutation may be longer
 
 
 def calls_for(step: int) -> int:

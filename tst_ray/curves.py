@@ -100,7 +100,8 @@ class Curves:
         if not folder.is_local and self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="tst_ray-curves-"))
         if self._scratch is None:
-            folder.make(private=True)  # they show the config, too
+            (self._run / TENSORBOARD).make(private=True)  # they show the config, too
+            folder.make()
         self._board = SummaryWriter(str(self._scratch or folder.path), purge_step=self._purge_step)
         return self._board
 

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipelines.corpus import COMPRESSED, PARQUET, Corpus
+from pipelines.compression import COMPRESSED
+from pipelines.corpus import Corpus
+from pipelines.kinds import PARQUET
 from pipelines.order import Order
 from tst_ray.estimates import ModelShape, flops_per_step
 from tst_ray.plan import Phase, Plan

@@ -317,6 +317,8 @@ def test_metadata_speaks_of_the_checkpoints_own_files_alone(files: Path) -> None
         (lambda meta: meta["files"][0].update(bytes="many"), "without a name, a size"),
         (lambda meta: meta.update(files=7), "misses or misspells"),
         (lambda meta: meta.update(step=12), "is that of step 12"),
+        (lambda meta: meta.update(world_size=None), "has no world_size"),
+        (lambda meta: meta.pop("world_size"), "misspells 'world_size'"),
         (
             lambda meta: meta.update(files=[e for e in meta["files"] if e["name"] != ".metadata"]),
             "lists no .metadata",
@@ -333,6 +335,13 @@ def test_meta_json_speaks_of_the_checkpoints_own_files_alone(
     (folder / MARKER).write_text(hashlib.sha256((folder / META).read_bytes()).hexdigest())
     newest = verified(storage / "tiny")[0]
     assert newest["state"] == "damaged" and said in newest["problem"]
+
+
+def test_a_meta_json_that_is_too_deep_is_damage(storage: Path) -> None:
+    folder = at(storage, 6)
+    (folder / META).write_text("[" * 200_000)
+    (folder / MARKER).write_text(hashlib.sha256((folder / META).read_bytes()).hexdigest())
+    assert "nested too deeply" in verified(storage / "tiny")[0]["problem"]
 
 
 # ---- export ------------------------------------------------------------------------------------
@@ -459,6 +468,14 @@ def test_the_key_is_in_no_file_of_the_run(
     key = key_file.read_bytes().strip()
     written = [path for path in (tmp_path / "storage").rglob("*") if path.is_file()]
     assert written and not [path for path in written if key in path.read_bytes()]
+
+
+def test_a_node_without_the_key_says_so(tmp_path: Path, manifest: Manifest, key_file: Path) -> None:
+    """Each worker reads it by itself; the driver's has been read by then."""
+    job = make_job(make_config(tmp_path, manifest, checkpoint__key_file=key_file), manifest)
+    key_file.unlink()
+    with pytest.raises(RunError, match=rf"key_file = {key_file}: cannot be read .* every node"):
+        run_inline(job)
 
 
 def test_another_key_is_refused_and_the_right_one_is_not(

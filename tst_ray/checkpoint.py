@@ -117,7 +117,10 @@ def read_meta(info: CheckpointInfo, key: bytes | None = None) -> CheckpointInfo:
         raise ValueError(f"{META} is not the one that was committed")
     if key is not None and (problem := signature_problem(key, content, "".join(signed))):
         raise ValueError(problem)
-    meta = json.loads(content)
+    try:
+        meta = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(f"{META} is nested too deeply") from error
     if problem := _meta_problem(meta, info.step):
         raise ValueError(f"{META} {problem}")
     return CheckpointInfo(info.step, info.folder, meta)
@@ -129,6 +132,8 @@ def _meta_problem(meta: Any, step: int) -> str | None:
         kinds = (("name", str), ("bytes", int), ("sha256", str))
         if not all(isinstance(entry[k], kind) for entry in meta["files"] for k, kind in kinds):
             return "has files without a name, a size or a checksum"
+        if not isinstance(meta["world_size"], int):
+            return "has no world_size"
         if meta["step"] != step:
             return f"is that of step {meta['step']}"
         names = [entry["name"] for entry in meta["files"]]

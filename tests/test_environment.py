@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines.units import run_inline
 from tests.test_session import config_of
+from tst_ray.coordinator import prepare_only, told_of_ray
 from tst_ray.environment import check_environment, cluster_address, prepare_for_ray
 from tst_ray.errors import ConfigError
+from tst_ray.plan import Plan
+from tst_ray.settings import Config
 
 NAMES = (
     "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
@@ -163,3 +169,44 @@ def test_a_job_writes_nothing_where_the_next_one_does_not_find_it(
     assert told.value.exit_status == 2
     for storage in ("/shared/runs", "~/runs", "s3://bucket/runs"):
         check_environment(config_of(f"--run.storage={storage}"))
+
+
+def test_ray_is_there_for_text_that_is_to_be_tokenized_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it prints goes to a file."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a line of plain text\n" * 400)
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def ray_session(config: Config, plan: Plan | None) -> Iterator[None]:
+        done.append("Ray starts")
+        yield
+        done.append("and ends")
+
+    @contextlib.contextmanager
+    def quiet(log_path: str) -> Iterator[None]:
+        done.append(log_path)
+        yield
+
+    monkeypatch.setattr("tst_ray.coordinator.ray_session", ray_session)
+    monkeypatch.setattr("pipelines.tokenize.run_on_ray", run_inline)
+    config = config_of(
+        f"--run.storage={tmp_path}",
+        f"--data.sources=[{tmp_path / 'text'}]",
+        "--data.vocab_size=280",
+    )
+    told: list[str] = []
+    prepared = prepare_only(config, told.append, quiet)
+    log_path = str(tmp_path / "shards" / "ray.log")
+    assert done == [log_path, "Ray starts", "and ends"]
+    assert f"starting Ray (what it prints is in {log_path})" in told
+    assert prepare_only(config, told.append, quiet) == prepared
+    assert len(done) == 3
+
+
+def test_what_is_said_of_ray_is_what_is_done() -> None:
+    assert told_of_ray() == "starting Ray"
+    os.environ["RAY_ADDRESS"] = "10.0.0.1:6379"
+    assert told_of_ray() == "joining Ray at 10.0.0.1:6379"

@@ -7,6 +7,7 @@ within          a call's result, or TimeoutError after some seconds of computing
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def _for_plain_text(content: dict[str, Any], eot_token: int) -> dict[str, Any]:
     names = {
         token["content"]: f"{_NONCHARACTER}{token['id']}{_NONCHARACTER}"
         for token in added
-        if token["special"]
+        if token["special"] and not (model.get("byte_fallback") and _is_byte(token["content"]))
     }
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -69,6 +70,11 @@ def _for_plain_text(content: dict[str, Any], eot_token: int) -> dict[str, Any]:
         "padding": None,
         "post_processor": None,
     }  # fmt: skip
+
+
+def _is_byte(name: str) -> bool:
+    """Whether a token is that of a byte, which a model with byte_fallback looks for by its name."""
+    return re.fullmatch(r"<0x[0-9A-F]{2}>", name) is not None
 
 
 def _special(pair: str | list[str], names: dict[str, str]) -> bool:

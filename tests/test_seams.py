@@ -66,6 +66,20 @@ def _llama() -> Tokenizer:
     return _bpe(normalizer=marks)
 
 
+def _llama_of_bytes() -> Tokenizer:
+    """What has no token of its own is spelt in bytes, whose tokens are called special here."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*SPECIAL, *bytes_], show_progress=False, max_token_length=8
+    )
+    tokenizer.train_from_iterator([line.strip() for line in WORDS], trainer)
+    return tokenizer
+
+
 def _word_piece() -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
     return _trained(
@@ -98,6 +112,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
         500, pre_tokenizers.ByteLevel.alphabet(), pre_tokenizer=_DIGITS
     ),
     "llama": _llama,
+    "llama of bytes": _llama_of_bytes,
     "metaspace always": lambda: _bpe(pre_tokenizer=_metaspace("always")),
     "metaspace first": lambda: _bpe(pre_tokenizer=_metaspace("first")),
     "metaspace never": lambda: _bpe(pre_tokenizer=_metaspace("never")),
@@ -244,7 +259,7 @@ def test_no_text_is_a_special_token(kind: str) -> None:
         ids = plain.encode(text, add_special_tokens=False).ids
         assert ids and not {1, EOT} & set(ids), (text, ids)
     assert plain.get_vocab_size() == tokenizer.get_vocab_size()
-    ordinary = "the number 12 is a word of letters"
+    ordinary = "the number 12\nis a word of 漢字 letters"
     assert plain.encode(ordinary).ids == tokenizer.encode(ordinary, add_special_tokens=False).ids
 
 

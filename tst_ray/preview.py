@@ -78,6 +78,7 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
         "vocab_size": shape.vocab_size,
+        "vocab_size_is_the_tokenizers": vocab_size is not None,
         "model": _shape_facts(model_config, shape, origins),
         "settings": {
             path: {"value": value, "from": where}
@@ -307,6 +308,8 @@ def _say_model(facts: dict[str, Any], say: Callable[..., None]) -> None:
     say(
         f"model      {model['type']}, {facts['parameters']:,} parameters{extra}, "
         f"vocabulary {facts['vocab_size']:,}"
+        + " (the model's own: that of the tokenizer is not known)"
+        * unknown
     )
     say(
         f"           {model['num_layers']} layers of width {model['hidden_size']}, "

@@ -301,6 +301,7 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
 
 def _say_model(facts: dict[str, Any], say: Callable[..., None]) -> None:
     model, active = facts["model"], facts["active_parameters"]
+    unknown = not facts["vocab_size_is_the_tokenizers"]
     extra = f", {active:,} active" if active != facts["parameters"] else ""
     experts = (
         f", {model['experts_per_token']} experts a token" if model["experts_per_token"] else ""

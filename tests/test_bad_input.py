@@ -131,9 +131,7 @@ def test_a_picture_is_refused_by_name(capsys: Capsys, tmp_path: Path) -> None:
     assert said.startswith(f"tst-ray: data.sources = {tmp_path}/a.pdf: is no file of text; convert")
 
 
-def test_a_held_out_share_far_from_the_one_asked_for_is_told(
-    capsys: Capsys, tmp_path: Path
-) -> None:
+def test_a_held_out_share_far_from_the_one_asked_for_is_told(capfd: Capsys, tmp_path: Path) -> None:
     """One of six short documents has nearly all of the text."""
     (tmp_path / "text").mkdir()
     for number in range(6):
@@ -141,7 +139,7 @@ def test_a_held_out_share_far_from_the_one_asked_for_is_told(
         (tmp_path / "text" / f"{number}.txt").write_text(words)
     args = arguments(tmp_path / "runs", tmp_path / "text", data__validation_share=0.3)
     assert main(["prepare", *args]) == 0
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert re.search(r"held out for validation are [\d.]+% of text, where data\.validation_share "
                      r"asks for 30\.00%: ", said)  # fmt: skip
 

@@ -24,7 +24,15 @@ def test_the_versions_are_printed_without_importing_what_they_are_of() -> None:
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("status, arguments", [(0, "settings"), (1, "status /nowhere"), (2, "x")])
+@pytest.mark.parametrize(
+    "status, arguments",
+    [
+        (0, "settings"),
+        (1, "status /nowhere"),
+        (1, "run --cluster.backend=inline --run.storage=/proc/nowhere"),
+        (2, "x"),
+    ],
+)
 def test_standard_streams_may_be_closed(closed: str, status: int, arguments: str) -> None:
     line = f'"{sys.executable}" -m tst_ray.cli {arguments} {closed}'
     done = subprocess.run(line, shell=True, capture_output=True, text=True)

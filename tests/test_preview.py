@@ -96,7 +96,9 @@ def test_what_a_run_is_refused_for_is_told_with_all_the_rest(
     assert main(["plan", f"--data.prepared={gone}", "--train.steps=100"]) == 2
     assert str(gone) in capsys.readouterr().err
     assert main(["plan", f"--data.tokenizer={gone}", "--train.steps=100"]) == 2
-    assert f"data.tokenizer = {gone}: cannot be loaded (no such folder)" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert f"data.tokenizer = {gone}: cannot be loaded (no such folder)" in captured.err
+    assert "the model's own: that of the tokenizer is not known" in captured.out
 
 
 def test_a_tokenizer_that_is_there_gives_its_real_vocabulary(tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_a_tokenizer_that_is_there_gives_its_real_vocabulary(tmp_path: Path) -> 
     facts = planned(f"--data.tokenizer={tmp_path}/tokenizer", "--data.vocab_size=5000")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
     assert facts["vocab_size"] == vocabulary_size(tokenizer) < 300
+    assert facts["vocab_size_is_the_tokenizers"]
     assert not facts["problems"]
 
 

@@ -79,6 +79,7 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
         "parameters": shape.parameters,
         "active_parameters": shape.active_parameters,
         "vocab_size": shape.vocab_size,
+        "vocab_size_is_the_tokenizers": vocab_size is not None,
         "remark": mixture_remark(model_config),
         "model": shape_facts(model_config) | {"from": _field_origins(model_config, origins)},
         "settings": {
@@ -292,6 +293,7 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
 
 def _say_model(facts: dict[str, Any], say: Callable[..., None]) -> None:
     model, active = facts["model"], facts["active_parameters"]
+    unknown = not facts["vocab_size_is_the_tokenizers"]
     extra = f", {active:,} active" if active != facts["parameters"] else ""
     experts = (
         f", {model['experts_per_token']} of {model['experts']} experts a token"
@@ -301,6 +303,8 @@ def _say_model(facts: dict[str, Any], say: Callable[..., None]) -> None:
     say(
         f"model      {model['model_type']}, {facts['parameters']:,} parameters{extra}, "
         f"vocabulary {facts['vocab_size']:,}"
+        + " (the model's own: that of the tokenizer is not known)"
+        * unknown
     )
     say(
         f"           {model['layers']} layers of width {model['hidden_size']}, "

@@ -70,6 +70,11 @@ def test_a_plan_tells_the_tokens_that_are_dropped(
     assert "dropped (incomplete last sequence), 8 when the phase ends" in said
 
 
+def test_a_plan_without_any_setting_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    assert "settings   all are defaults\n" in capsys.readouterr().out
+
+
 def test_a_plan_needs_no_ray() -> None:
     code = (
         "import sys\nfrom tst_ray.cli import main\n"

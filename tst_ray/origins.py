@@ -53,7 +53,7 @@ def find_origins(path: str | None, overrides: Sequence[str]) -> Origins:
     if "model" in raw:
         raw["model"] = spell_out_model(raw["model"])
     written = {}
-    for keys, value in leaves(raw):
+    for keys, value in leaves(raw) if raw else ():
         dotted = ".".join(map(str, keys))
         said = any(dotted == name or dotted.startswith(f"{name}.") for name in names)
         written[dotted] = value, COMMAND_LINE if said else str(path)

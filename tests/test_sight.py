@@ -15,6 +15,7 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from tst_ray import sight as sight_module
 from tst_ray.config import load_config
 from tst_ray.elastic import Node
+from tst_ray.room import Room
 from tst_ray.runstore import run_storage
 from tst_ray.sight import Sight, needed_everywhere
 from tst_ray.storage import Storage
@@ -75,6 +76,29 @@ def test_a_node_is_used_once_it_was_seen_to_see(looks: Looks) -> None:
     looks.living["b"] = 1.0
     sight.look()
     assert (sight.unseen(), looks.begun) == ({"b"}, ["a", "b"])
+
+
+def test_an_autoscaler_is_asked_for_others_than_blind_nodes_not_than_new_ones(
+    looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would start two machines for each that is looked at, and take the first one away."""
+    asked: list[set[str]] = []
+    monkeypatch.setattr(
+        "tst_ray.room.ask_autoscaler", lambda config, workers, without: asked.append(set(without))
+    )
+    looks.living["b"] = 1.0
+    sight = Sight(NEEDED)
+    room = Room(load_config(None), 1, 3, sight)
+    sight.look()
+    room.ask()
+    looks.answers |= {"a": BLIND, "b": (True, None)}
+    sight.look()
+    room.ask()
+    looks.now += 11
+    del looks.answers["a"]
+    sight.look()  # again
+    room.ask()
+    assert asked == [set(), {"a"}, {"a"}]
 
 
 def test_a_node_that_does_not_see_is_told_and_asked_again(looks: Looks) -> None:

@@ -170,6 +170,8 @@ class Room:
     def ask(self, workers: int | None = None, at_work: int = 0) -> None:
         """Ask an autoscaler for room for so many workers; again and again, since a request expires.
 
+        A node that is looked at for the first time is room: another in its place would be too many.
+
         Args:
             workers: how many from now on; None: as many as before.
             at_work: how many train; where Ray Train asks for those itself, both would add up.
@@ -177,4 +179,5 @@ class Room:
         self._asked = self._asked if workers is None else workers
         if self._asked <= at_work and not autoscaler.is_coordinated():
             return
-        ask_autoscaler(self._config, self._asked, self.without)
+        without = self._left_out | self.sight.blind()
+        ask_autoscaler(self._config, self._asked, without)

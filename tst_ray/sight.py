@@ -120,6 +120,10 @@ class Sight:
         """The living nodes that are not to be used (yet), as of the last look."""
         return self._living - {node for node, found in self._found.items() if found.sees}
 
+    def blind(self) -> frozenset[str]:
+        """The living nodes that were looked at, and do not see: new ones are not among them."""
+        return frozenset(node for node in self.unseen() if node in self._found)
+
     def problems(self) -> dict[str, str]:
         """What is wrong on which living nodes, where that is known."""
         found = {node: self._found[node].problem for node in self._living & self._found.keys()}

@@ -20,6 +20,7 @@ from pipelines.corpus import Corpus
 from pipelines.storage import below, locate
 
 _HEAD_BYTES = 2**14
+_LEAST_SHARE = 1e-3  # of the text; all source code has a few small files that are the same
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class _File:
 
 
 def told_duplicates(corpora: Sequence[Corpus]) -> str | None:
-    """What is told of files that are the same as another one; None if there are none."""
+    """What is told of files that are the same as another one; None if there are next to none."""
     groups = _same(_files(corpora))
     num_more = sum(len(group) - 1 for group in groups)
-    if not num_more:
-        return None
     size = sum(group[0].size * (len(group) - 1) for group in groups)
+    if not num_more or size < _LEAST_SHARE * sum(corpus.size for corpus in corpora):
+        return None
     first, second = (file.path for file in groups[0][:2])
     return (
         f"{num_more:,} files ({size / 1e6:,.1f} MB) are the same as others, and are trained on as "

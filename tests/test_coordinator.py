@@ -266,7 +266,7 @@ def test_all_tasks_of_a_run_are_kept_off_nodes_that_do_not_see_it(
         return Call(lambda: ended, ())
 
     monkeypatch.setattr("tst_ray.coordinator.begin", begun)
-    for name in ("build_order", "build_feeds", "newest_step"):
+    for name in ("build_order", "build_feeds", "newest_step", "check_memory"):
         monkeypatch.setattr(f"tst_ray.coordinator.{name}", lambda *args: 0)
     monkeypatch.setattr("tst_ray.coordinator.mixture", lambda order: {})
     for name in ("_corpus_of", "_charge", "_record_plan", "_train", "_finish"):

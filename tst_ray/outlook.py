@@ -34,9 +34,9 @@ FAR_ABOVE_NATS = 0.5
 _MATRIX, _STACK = 64, 64  # numpy multiplies such small matrices on one core
 _MEASURE_S = 0.05
 _TRAINING_SHARE = 0.5
-"""What a step reaches of the rate of matrix products. Measured 0.51 to 0.82 with models of 0.4M to
-19M parameters, float32, and 0.29 in bfloat16, of which half as many bytes are one product (torch
-2.13, one core of a Xeon)."""
+"""What a step reaches of the rate of float32 matrix products. Measured on one core of a Xeon (torch
+2.13): 0.51 to 0.82 with models of 0.4M to 19M parameters in float32; 1.3 in bfloat16, for which it
+has instructions of its own, so that such a run takes less than half of what is said."""
 _STEP_OVERHEAD_S = 0.003  # of Python, which a tiny model's step mostly is
 _UNPACKED = 3.0  # text by the size of its gzip, zstd or Parquet file
 _HOURS = 3600.0
@@ -128,8 +128,8 @@ def estimated_passes(
 ) -> dict[str, float]:
     """The same before there are tokens, from the bytes of each source's text.
 
-    Uncompressed text is taken for a quarter of the vocabulary's bits a token in bytes: 2.5 bytes
-    with 1,024 tokens, 4.2 with 128,000 (measured on English text and code: 2.6 and 4.3).
+    A token is taken for log2(vocabulary) / 4 bytes: 2.5 with 1,024 tokens, 3.0 with 4,000, 4.2 with
+    128,000. Measured: 2.58 with 1,024 (Python's source text), 2.74 with 4,000 (licences, English).
     """
     bytes_per_token = math.log2(max(vocab_size, 2)) / 4
     share = 1 - config.data.validation_share

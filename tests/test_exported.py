@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pipelines.tokenizer import train_tokenizer
 from tests.kinds import build_kind, tiny_kind
-from tst_ray.export import _copy
+from tst_ray.export import _let_others_read
 from tst_ray.exported import older_tokenizer, with_older_spellings, write_for_both
 
 OLDER = os.environ.get("TST_TRANSFORMERS_4")
@@ -119,21 +119,15 @@ def test_the_sources_generation_config_is_kept(tmp_path: Path) -> None:
 
 
 def test_others_may_read_a_folder_if_the_umask_lets_them(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "inner").mkdir(parents=True)
-    (source / "inner" / "file").write_text("x")
-    for path in (source / "inner" / "file", source / "inner", source):
-        path.chmod(0o600 if path.is_file() else 0o700)
+    """safetensors keeps the weights to their owner."""
     before = os.umask(0o022)
     try:
-        _copy(source, tmp_path / "target")
+        (tmp_path / "config.json").write_text("{}")
     finally:
         os.umask(before)
-    modes = {
-        name: stat.S_IMODE((tmp_path / "target" / name).stat().st_mode)
-        for name in ("", "inner", "inner/file")
-    }
-    assert modes == {"": 0o755, "inner": 0o755, "inner/file": 0o644}
+    (tmp_path / "model.safetensors").touch(mode=0o600)
+    _let_others_read(tmp_path)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o644}
 
 
 # -- read by transformers 4 ----------------------------------------------------------------------

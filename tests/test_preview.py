@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
-from tests.tiny import make_config, make_corpus
+from tests.tiny import MODEL, make_config, make_corpus
 from tst_ray.cli import main
 from tst_ray.config import load_config
 from tst_ray.origins import find_origins
@@ -113,6 +113,17 @@ def test_a_tokenizer_that_is_there_gives_its_real_vocabulary(tmp_path: Path) -> 
     assert facts["vocab_size"] == vocabulary_size(tokenizer) < 300
     assert facts["vocab_size_is_the_tokenizers"]
     assert not facts["problems"]
+
+
+def test_a_tokenizer_beyond_a_pretrained_models_table_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tokenizer(train_tokenizer(["a text of few words"] * 9, 300), str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "vocab_size": 200}))
+    weights = [f"--model.source={tmp_path}", "--model.pretrained=true"]
+    tokens = [f"--data.tokenizer={tmp_path}", "--train.sequence_length=16"]
+    assert main(["plan", *weights, *tokens, "--train.steps=100"]) == 2
+    assert "has a table of 200" in capsys.readouterr().err
 
 
 def test_the_models_shape_is_told_and_where_each_field_is_from(

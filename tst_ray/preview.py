@@ -57,7 +57,7 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
         ConfigError: of the model nothing can be told.
     """
     from tst_ray.architecture import check_supported, describe, precision_to_try
-    from tst_ray.model_config import hf_config
+    from tst_ray.model_config import check_tokenizer_fits, hf_config
     from tst_ray.shape import mixture_remark, shape_facts
 
     plan, origins = build_plan(config), origins or Origins()
@@ -68,8 +68,11 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
         if (found := problems.of(source_files, config, spec, remarks.append))
     }
     manifest = problems.of(find_prepared, config)
-    vocab_size, eot_token = problems.of(_tokenizer_facts, config, manifest) or (None, None)
+    known = problems.of(_tokenizer_facts, config, manifest)
+    vocab_size, eot_token, tokenizer = known or (None, None, None)
     model_config = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token)
+    if tokenizer is not None:
+        problems.of(check_tokenizer_fits, config.model, model_config, tokenizer)
     check_supported(
         model_config, latent_length=plan.sequence_length, precision=precision_to_try(config)
     )
@@ -143,20 +146,24 @@ class _Problems:
             return None
 
 
-def _tokenizer_facts(config: Config, manifest: Manifest | None) -> tuple[int, int | None]:
-    """The vocabulary and the end-of-text token: of the shards, or of the tokenizer to be used.
+def _tokenizer_facts(
+    config: Config, manifest: Manifest | None
+) -> tuple[int, int | None, Any | None]:
+    """The vocabulary, the end-of-text token, and the tokenizer if there is one already.
+
+    They are those of the shards, or of the tokenizer to be used.
 
     Raises:
         DataError: the tokenizer cannot be loaded, or is not that of the shards.
     """
     name = config.data.tokenizer
     if manifest:
-        check_tokenizer(manifest, name if config.data.prepared else None)
-        return manifest.vocab_size, manifest.eot_token
+        tokenizer = check_tokenizer(manifest, name if config.data.prepared else None)
+        return manifest.vocab_size, manifest.eot_token, tokenizer
     if name == TRAIN:
-        return config.data.vocab_size, None
+        return config.data.vocab_size, None, None
     tokenizer = load_tokenizer(name)
-    return vocabulary_size(tokenizer), tokenizer.eos_token_id
+    return vocabulary_size(tokenizer), tokenizer.eos_token_id, tokenizer
 
 
 _SHAPE_FIELDS = (

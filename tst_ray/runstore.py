@@ -44,14 +44,14 @@ def check_same_run(run: Storage, config: Config) -> None:
     """
     if not run.exists(PLAN):
         return  # nothing was trained under another config yet
+    if problem := _order_problem(run):
+        raise ConfigError(f"run.name = {config.run.name}: {run.url} {problem}")
     lines = diff(config_of(run), config.dump())
     if lines:
         raise ConfigError(
             f"run.name = {config.run.name}: {run.url} holds a run with another config; use another "
             "run.name, or the run's own settings:\n" + "\n".join(f"  {line}" for line in lines)
         )
-    if problem := _order_problem(run):
-        raise ConfigError(f"run.name = {config.run.name}: {run.url} {problem}")
 
 
 def _order_problem(run: Storage) -> str | None:

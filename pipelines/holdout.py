@@ -28,9 +28,14 @@ _MIN_SPAN = 512
 
 
 def section_span(num_bytes: int, share: float) -> int:
-    """Characters of a section of a source of so many bytes; a power of two: it seldom changes."""
-    wanted = int(num_bytes * share / _SECTIONS)
-    return min(max(2 ** max(wanted.bit_length() - 1, 0), _MIN_SPAN), PIECE_BYTES)
+    """Characters of a section of a source of so many bytes.
+
+    It changes only where a source is four times as large: all units of it are then done again.
+    """
+    span = _MIN_SPAN
+    while 4 * span <= min(num_bytes * share / _SECTIONS, PIECE_BYTES):
+        span *= 4
+    return span
 
 
 def hold_out(

@@ -90,12 +90,7 @@ class Order:
         if not any(source.weight > 0 for source in self.sources):
             raise DataError("data.sources: every weight is 0; give at least one a positive weight")
         need = tokens_needed(self.layouts)
-        for source, (part, _) in zip(self.sources, self._shares, strict=True):
-            if source.weight > 0 and part == 0:
-                raise DataError(
-                    f"data.sources: {source.name} has a share of less than 1 in {_WEIGHT_UNIT:,} "
-                    "of the sequences and would never be read; give it a larger weight, or 0"
-                )
+        for source in self.sources:
             if source.weight > 0 and source.num_tokens < need:
                 raise DataError(
                     f"data.sources: {source.name} has {source.num_tokens:,} training tokens, fewer "
@@ -197,9 +192,13 @@ class Order:
 
     @cached_property
     def _shares(self) -> tuple[tuple[int, int], ...]:
-        """For each source, (its weight, the weight of it and all sources after it), integers."""
+        """For each source, (its weight, the weight of it and all sources after it), integers.
+
+        One with any weight is read.
+        """
         total = sum(source.weight for source in self.sources)
-        parts = [round(_WEIGHT_UNIT * source.weight / total) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        parts = [max(round(_WEIGHT_UNIT * w / total), 1) if w > 0 else 0 for w in weights]
         return tuple((part, sum(parts[number:])) for number, part in enumerate(parts))
 
     def _draw(self, ordinals: Int64) -> tuple[Int64, Int64]:

@@ -155,7 +155,8 @@ class SourceWindows:
 
     def _start(self, window: Any) -> Any:
         """Stream offsets where windows start: whole numbers of the first phase's grain."""
-        return window * (self._usable // self._grains[0]) // self._num_windows * self._grains[0]
+        each, larger = divmod(self._usable // self._grains[0], self._num_windows)
+        return (window * each + np.minimum(window, larger)) * self._grains[0]
 
     def _stop(self, window: Any) -> Any:
         """Stream offsets where windows stop; an epoch's last one holds the rest of it."""
@@ -163,9 +164,11 @@ class SourceWindows:
 
     def _window_of(self, offset: Any) -> Any:
         """The windows that hold these stream offsets."""
-        num_grains = self._usable // self._grains[0]
-        number = np.minimum(offset // self._grains[0], num_grains - 1)
-        return ((number + 1) * self._num_windows - 1) // num_grains
+        each, larger = divmod(self._usable // self._grains[0], self._num_windows)
+        number = offset // self._grains[0]
+        rest = (number - larger * (each + 1)) // each + larger
+        of_rest = np.minimum(rest, self._num_windows - 1)  # the last one holds an epoch's rest
+        return np.where(number < larger * (each + 1), number // (each + 1), of_rest)
 
     # -- what the phases take of them -------------------------------------------------------------
 
@@ -259,8 +262,8 @@ def _shuffled(ordinal: Int64, size: Int64 | int, key: UInt64) -> Int64:
     return begin + permute(inside, np.minimum(_NEIGHBOURS, size - begin), combine(key, group))
 
 
-def grain_lengths(layouts: Sequence[PhaseLayout]) -> tuple[int, ...]:
-    """Tokens of each phase's grain: the least common multiple of its and all later lengths."""
+def grain_lengths(layouts: Sequence[Any]) -> tuple[int, ...]:
+    """Tokens of each phase's grain: the least common multiple of its and later data lengths."""
     lengths = [layout.data_length for layout in layouts]
     return tuple(math.lcm(*lengths[phase:]) for phase in range(len(lengths)))
 

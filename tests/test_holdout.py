@@ -94,7 +94,7 @@ def test_a_section_is_long_in_a_large_source_and_seldom_changes() -> None:
     assert section_span(31_000_000, 0.02) == 512
     assert section_span(10**9, 0.02) == 8_192
     assert section_span(10**9 + 10**7, 0.02) == 8_192
-    assert section_span(10**13, 0.02) == 1 << 20
+    assert section_span(10**13, 0.02) == 1 << 19
 
 
 def test_five_draws_of_the_demos_text_give_one_model_the_same_loss() -> None:

@@ -158,3 +158,17 @@ def test_more_experts_a_token_take_longer() -> None:
     assert phase_seconds(config, double, phase, 1, 1e11) > phase_seconds(
         config, shape, phase, 1, 1e11
     )
+
+
+def test_bags_that_do_not_divide_each_other_are_told() -> None:
+    counts = {"text": 1.0}
+
+    def told(bags: list[int]) -> bool:
+        phases = ", ".join(f"{{bag_size: {bag}, steps: 3000}}" for bag in bags)
+        config = load_config(None, [f"--phases=[{phases}]", "--train.sequence_length=2048"])
+        return any(
+            "divide each other" in hint for hint in hints(config, build_plan(config), counts)
+        )
+
+    assert told([9, 7, 5, 4, 1])
+    assert not told([8, 4, 2, 1]) and not told([6, 1]) and not told([1, 4])

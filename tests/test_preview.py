@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.order import ORDER_VERSION
 from pipelines.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from tests.tiny import MODEL, make_config, make_corpus
 from tst_ray.cli import main
@@ -173,7 +174,10 @@ def test_time_and_passes_are_told_and_hints_given(
     said = capsys.readouterr().out
     assert re.search(r"^time       about \d+ (seconds|minutes|hours) of training here$", said, re.M)
     assert re.search(r"^passes     [\d.]+ \(estimated; exact once", said, re.M)
-    assert "passes over" in said.partition("hint: ")[2] and "plain steps follow the bags" in said
+    assert "passes over" in said.partition("hint: ")[2]
+    assert "plain steps follow" not in said  # more steps would be more passes
+    assert main(["plan", "--train.steps=1500"]) == 0
+    assert "plain steps follow the bags" in capsys.readouterr().out
 
 
 def test_a_plan_beside_a_run_or_for_a_larger_machine_is_a_plan(
@@ -182,7 +186,7 @@ def test_a_plan_beside_a_run_or_for_a_larger_machine_is_a_plan(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = tmp_path / "demo"
     run.mkdir()
-    (run / "plan.json").write_text("{}")
+    (run / "plan.json").write_text(json.dumps({"order": ORDER_VERSION}))
     (run / "config.yaml").write_text(load_config(None).to_yaml())
     facts = planned(f"--run.storage={tmp_path}", "--train.steps=9000", "--cluster.workers=16")
     refused = [hint for hint in facts["hints"] if hint.startswith("a run would be refused here: ")]

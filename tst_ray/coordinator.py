@@ -58,7 +58,7 @@ from tst_ray.nodes import (
 )
 from tst_ray.plan import Phase, Plan, build_plan
 from tst_ray.room import steadily
-from tst_ray.runstore import MANIFEST, PLAN, kept_model, open_run, read_events
+from tst_ray.runstore import MANIFEST, PLAN, kept_model, open_run, order_problem, read_events
 from tst_ray.session import ray_session
 from tst_ray.settings import Config
 from tst_ray.sight import Sight, needed_everywhere
@@ -110,7 +110,6 @@ def prepare_only(
     check_inputs(config)
     if config.cluster.backend == "inline":
         return prepare_corpus(config, "inline", say)
-    build_plan(config)  # what could never be trained is not tokenized either
 
     @contextlib.contextmanager
     def on_ray() -> Iterator[None]:
@@ -314,6 +313,7 @@ class Coordinator:
         remarks, shape, _ = self._result(run, check, starting)
         for remark in remarks:
             self.say(remark)
+        check_memory(self.config, self.plan, shape, newest_step(run))  # with its vocabulary
         if self.vaults is not None:
             stores = object_stores(self.config, least_workers(self.plan))
             if problem := store_problem(shape, stores):
@@ -348,6 +348,8 @@ class Coordinator:
                     f"{run.url}: the last checkpoint cannot be read now; the same command tries "
                     "again"
                 )
+            if problem := order_problem(run):
+                raise RunError(f"{run.url}: the last checkpoint is damaged, and the run {problem}")
             self.say(f"the last checkpoint is damaged; going back to step {step:,}")
 
     def _corpus_of(self, run: Storage, backend: str) -> Manifest:

@@ -115,7 +115,7 @@ def uneven_share(manifest: Manifest) -> str | None:
         return None
     return (
         f"held out for validation are {', '.join(far)}, where data.validation_share asks for "
-        f"{asked:.2%}: the documents are few, or of very unequal length; split the long ones, or "
+        f"{asked:.2%}: the text is short, or a few of its documents are most of it; add text, or "
         "change the share"
     )
 

@@ -19,6 +19,7 @@ from pipelines.compression import COMPRESSED
 from pipelines.corpus import Corpus
 from pipelines.kinds import PARQUET
 from pipelines.order import Order
+from pipelines.windows import grain_lengths
 from tst_ray.estimates import ModelShape, flops_per_step
 from tst_ray.plan import Phase, Plan
 from tst_ray.session import local_cpus
@@ -30,6 +31,7 @@ FEW_RECOVERY_STEPS = 2_500
 """Steps after the last bags. On the demo, superposition ended 0.60, 0.14 and 0.04 nats above the
 baseline with 1,050, 1,400 and 2,100 of them, and 0.14 below it with 4,200 (one seed each)."""
 FAR_ABOVE_NATS = 0.5
+_FEWEST_GRAINS = 1_000
 
 _MATRIX, _STACK = 64, 64  # numpy multiplies such small matrices on one core
 _MEASURE_S = 0.05
@@ -162,7 +164,9 @@ def hints(config: Config, plan: Plan, counts: Mapping[str, float]) -> list[str]:
     Args:
         counts: passes over each source.
     """
-    found = [_one_worker(config), _few_steps(plan), _many_passes(plan, counts)]
+    many = _many_passes(config, plan, counts)
+    few = None if many else _few_steps(plan)  # they would contradict each other
+    found = [_one_worker(config), _uneven_bags(config, plan), few, many]
     return [f"hint: {hint}" for hint in found if hint]
 
 
@@ -191,14 +195,29 @@ def _few_steps(plan: Plan) -> str | None:
     )
 
 
-def _many_passes(plan: Plan, counts: Mapping[str, float]) -> str | None:
+def _uneven_bags(config: Config, plan: Plan) -> str | None:
+    """Where phases' sequences have so long a common multiple that few of them fill a window."""
+    longest = grain_lengths(plan.phases)[0]
+    if longest * _FEWEST_GRAINS <= max(config.data.shuffle_tokens, plan.phases[0].data_length):
+        return None
+    if longest == plan.phases[0].data_length:
+        return None
+    return (
+        f"bags of {', '.join(str(phase.bag_size) for phase in plan.phases)} tokens share only "
+        f"stretches of {longest:,} tokens: the data is shuffled coarsely; use bag sizes that "
+        "divide each other, or raise data.shuffle_tokens"
+    )
+
+
+def _many_passes(config: Config, plan: Plan, counts: Mapping[str, float]) -> str | None:
     name = max(counts, key=lambda name: counts[name], default=None)
     if name is None or counts[name] <= MANY_PASSES:
         return None
     steps = max(int(plan.total_steps * MANY_PASSES / counts[name]), 1)
+    fewer = "use fewer steps" if config.phases else f"set train.steps={steps}"
     return (
         f"{counts[name]:,.3g} passes over {name}: more than {MANY_PASSES:g} teach little more, and "
-        f"the model may learn the text by heart; add text, or set train.steps={steps}"
+        f"the model may learn the text by heart; add text, or {fewer}"
     )
 
 

@@ -102,8 +102,8 @@ def plan_facts(config: Config, origins: Origins | None = None) -> dict[str, Any]
         "decay_steps": plan.decay_steps,
         "phases": phases,
     }
-    if manifest:
-        order = build_order(config, plan, manifest)
+    order = problems.of(build_order, config, plan, manifest) if manifest else None
+    if manifest and order:
         facts |= {"passes": passes(order), "passes_are_estimated": False}
         facts["corpus"] = {
             "folder": manifest.folder,

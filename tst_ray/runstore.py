@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.order import ORDER_VERSION
+from tst_ray.checkpoint import newest_step
 from tst_ray.config import diff
 from tst_ray.errors import ConfigError, RunError
 from tst_ray.hold import Hold, hold
-from tst_ray.journal import read_state
 from tst_ray.metrics import EVENTS
+from tst_ray.plan import build_plan
 from tst_ray.settings import Config
 from tst_ray.storage import Storage
 from tst_ray.yaml_text import read_yaml
@@ -44,7 +45,7 @@ def check_same_run(run: Storage, config: Config) -> None:
     """
     if not run.exists(PLAN):
         return  # nothing was trained under another config yet
-    if problem := _order_problem(run):
+    if (problem := order_problem(run)) and newest_step(run) < build_plan(config).total_steps:
         raise ConfigError(f"run.name = {config.run.name}: {run.url} {problem}")
     lines = diff(config_of(run), config.dump())
     if lines:
@@ -54,10 +55,10 @@ def check_same_run(run: Storage, config: Config) -> None:
         )
 
 
-def _order_problem(run: Storage) -> str | None:
-    """Why an unfinished run cannot go on in this version's order of the data; None if it can."""
+def order_problem(run: Storage) -> str | None:
+    """Why a run cannot train on in this version's order of the data; None if it can."""
     version = (run.read_json(PLAN) or {}).get("order", 1)  # the first one was not noted
-    if version == ORDER_VERSION or read_state(run).get("status") == "finished":
+    if version == ORDER_VERSION:
         return None
     return (
         f"was begun with version {version} of the data's order, and this tst_ray has version "

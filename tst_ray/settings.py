@@ -244,7 +244,7 @@ class DataConfig(_Section):
     vocab_size: Whole = Field(default=1024, ge=1, le=2**24)
     """the vocabulary of a tokenizer that is trained"""
     validation_share: float = Field(default=0.04, ge=0, lt=1)
-    """the share of the text held out for validation; 0.001 is enough of some gigabytes"""
+    """the share of the text held out for validation; 0.01 is enough of some gigabytes"""
     row_tokens: Count = 65536
     """tokens in one row of a shard"""
     shuffle_tokens: Count = 16_777_216

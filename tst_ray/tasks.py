@@ -177,7 +177,10 @@ def check_model(
         )
     fields = kept or model_fields(config.model)
     vocab_size, eot_token = (manifest.vocab_size, manifest.eot_token) if manifest else (None, None)
-    model = hf_config(config.model, vocab_size=vocab_size, eot_token=eot_token, kept=fields)
+    ahead = config.data.vocab_size if _trains_tokenizer(config) else None
+    model = hf_config(
+        config.model, vocab_size=vocab_size or ahead, eot_token=eot_token, kept=fields
+    )
     tokenizer = check_tokenizer(manifest) if manifest else _tokenizer_ahead(config, kept)
     if tokenizer is not None:
         check_tokenizer_fits(config.model, model, tokenizer)
@@ -186,6 +189,10 @@ def check_model(
     if manifest is None and (unbalanced := mixture_remark(model)):
         remarks.append(unbalanced)
     return remarks, describe(model), fields
+
+
+def _trains_tokenizer(config: Config) -> bool:
+    return config.data.tokenizer == "train" and not config.data.prepared
 
 
 def _tokenizer_ahead(config: Config, kept: dict[str, Any] | None) -> Any:

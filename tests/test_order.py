@@ -354,5 +354,20 @@ def test_ten_trillion_tokens_cost_what_ten_thousand_do() -> None:
     assert len(set(spans.offset.tolist())) == 2048
 
 
+def test_billions_of_short_windows_overflow_nothing() -> None:
+    order = make_order(
+        (2**40, 64, 64, 1), tokens=(2 * 10**12,), block_tokens=65_536, shuffle_tokens=4_096
+    )
+    for first in (0, 2**28, 488_000_000):
+        offsets = order.spans(first, first + 60).offset
+        assert offsets.min() >= 0 and len(np.unique(offsets)) == len(offsets)
+
+
+def test_a_source_of_any_weight_is_read() -> None:
+    tokens, weights = (10**9, 100), (float(10**9), 1.0)
+    order = make_order((10**6, 16, 64, 4), tokens=tokens, weights=weights)
+    assert 1 in order.spans(0, 10**6).source
+
+
 GOLDEN_PERMUTATION = [2, 1, 9, 3, 8, 5, 6, 0, 4, 7]
 GOLDEN_BIG = [2683656085552, 5810214385543, 9893776016464]

@@ -27,7 +27,8 @@ DEEPSEEK = """{model_type: deepseek_v3, hidden_size: 32, intermediate_size: 64, 
 
 @pytest.mark.parametrize("kind", WITH_LOSS)
 def test_the_loss_is_the_one_that_transformers_trains(kind: str) -> None:
-    model = build_kind(kind, "cpu")
+    torch.manual_seed(0)
+    model = build_kind(kind, "cpu").eval()  # Phi's router draws experts at random in training
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)  # far from even

@@ -119,7 +119,7 @@ def test_a_compressed_file_holds_more_text_than_bytes() -> None:
         (["--train.steps=1500", "--tst.ratio=0"], {"web": 0.2}, None),
         (["--phases=[{bag_size: 4, steps: 5000}]"], {"web": 0.2}, "0 plain steps follow"),
         ([], {"web": 4.0}, None),
-        ([], {"web": 0.5, "notes": 57.1}, "57.1 passes over notes: more than 4 .*steps=420$"),
+        ([], {"web": 0.5, "notes": 57.1}, "57 passes over notes: more than 4 .*steps=420$"),
         (["--cluster.backend=inline", "--cluster.workers=2"], {}, "trains with one worker"),
         (["--cluster.backend=inline"], {}, None),
     ],

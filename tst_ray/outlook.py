@@ -32,6 +32,7 @@ FEW_RECOVERY_STEPS = 2_500
 baseline with 1,050, 1,400 and 2,100 of them, and 0.14 below it with 4,200 (one seed each)."""
 FAR_ABOVE_NATS = 0.5
 _FEWEST_GRAINS = 1_000
+_FEWEST_STEPS = 100  # of a run that is worth its start
 
 _MATRIX, _STACK = 64, 64  # numpy multiplies such small matrices on one core
 _MEASURE_S = 0.05
@@ -215,9 +216,10 @@ def _many_passes(config: Config, plan: Plan, counts: Mapping[str, float]) -> str
         return None
     steps = max(int(plan.total_steps * MANY_PASSES / counts[name]), 1)
     fewer = "use fewer steps" if config.phases else f"set train.steps={steps}"
+    remedy = f"add text, or {fewer}" if steps >= _FEWEST_STEPS else "add text"
     return (
-        f"{counts[name]:,.3g} passes over {name}: more than {MANY_PASSES:g} teach little more, and "
-        f"the model may learn the text by heart; add text, or {fewer}"
+        f"{counts[name]:,.0f} passes over {name}: more than {MANY_PASSES:g} teach little more, and "
+        f"the model may learn the text by heart; {remedy}"
     )
 
 

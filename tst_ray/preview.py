@@ -268,8 +268,12 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
     for phase in facts["phases"]:
         say()
         say(f"phase {phase['index'] + 1}")
+        before = 0
         for size, split in phase["batch_split"].items():
-            say(f"  {size:>4} workers: {split} sequences")
+            if before and int(size) > before + 1:
+                say("     …")  # the sizes between them are allowed, too
+            before = int(size)
+            say(f"  {size:>4} {'workers' if before > 1 else 'worker '}: {split} sequences")
         for size, memory in phase["memory_per_worker"].items():
             parts = ", ".join(
                 f"{name.replace('_', ' ')} {_bytes(value)}"

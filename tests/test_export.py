@@ -18,7 +18,7 @@ from tests.test_runs import SETTINGS, write_text
 from tst_ray.checkpoint import committed
 from tst_ray.cli import main
 from tst_ray.errors import RunError
-from tst_ray.export import export_run, sample_text
+from tst_ray.export import _publish, export_run, sample_text
 from tst_ray.storage import Storage
 
 
@@ -183,3 +183,15 @@ def test_a_model_for_which_there_is_no_room_is_told_in_a_line(
         with pytest.raises(RunError, match=r"small: is full \(.*set TMPDIR to a larger"):
             export_run(run, "memory://far/model")
         assert [path.name for path in small.iterdir()] == ["filler"]
+
+
+def test_an_object_store_keeps_no_weights_of_an_earlier_export(tmp_path: Path) -> None:
+    """transformers would take a single file of weights before the shards of a newer model."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00001.safetensors").write_text("new")
+    target = Storage("memory://earlier/model")
+    target.write("model.safetensors", "old")
+    target.write("notes.txt", "somebody's")
+    _publish(tmp_path, target, is_ours=True)
+    kept = {"config.json", "model-00001-of-00001.safetensors", "notes.txt"}
+    assert set(target.names()) == kept

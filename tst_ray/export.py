@@ -206,8 +206,13 @@ def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:
     json.loads((scratch / "config.json").read_text())  # written, and whole
     if not target.is_local:
         target.make()
-        for path in sorted(scratch.iterdir()):
+        files = sorted(scratch.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        for path in files:  # config.json last: without it, there is no model yet
             target.upload(str(path), path.name)
+        written = {path.name for path in files}
+        for name in target.names():  # of an earlier export: a reader would take them first
+            if _WEIGHTS.fullmatch(name) and name not in written:
+                target.remove(name)
         return
     place = Path(target.path)
     if others := [] if is_ours else _others(place, {path.name for path in scratch.iterdir()}):

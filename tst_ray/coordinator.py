@@ -157,7 +157,9 @@ class Coordinator:
         check_environment(self.config)
         with open_run(self.config) as (run, self._held):
             try:
-                if run.read_json(PLAN) is None:  # else the shards that it began with may do
+                if (
+                    patiently(lambda: run.read_json(PLAN)) is None
+                ):  # else the shards that it began with may do
                     check_inputs(self.config)
                 _fold_events(run)
                 self._begin_account(run)

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tst_ray.errors import RunError
 from tst_ray.metrics import add_event
 from tst_ray.runstore import config_of
 from tst_ray.settings import ModelConfig
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 
 log = logging.getLogger(__name__)
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -208,11 +209,11 @@ def _publish(scratch: Path, target: Storage, is_ours: bool) -> None:
         target.make()
         files = sorted(scratch.iterdir(), key=lambda path: (path.name == "config.json", path.name))
         for path in files:  # config.json last: without it, there is no model yet
-            target.upload(str(path), path.name)
+            patiently(partial(target.upload, str(path), path.name))
         written = {path.name for path in files}
-        for name in target.names():  # of an earlier export: a reader would take them first
+        for name in patiently(target.names):  # of an earlier export: a reader would take them first
             if _WEIGHTS.fullmatch(name) and name not in written:
-                target.remove(name)
+                patiently(partial(target.remove, name))
         return
     place = Path(target.path)
     if others := [] if is_ours else _others(place, {path.name for path in scratch.iterdir()}):

@@ -25,7 +25,7 @@ from tst_ray.hold import Hold, hold
 from tst_ray.metrics import EVENTS
 from tst_ray.plan import build_plan
 from tst_ray.settings import Config
-from tst_ray.storage import Storage
+from tst_ray.storage import Storage, patiently
 from tst_ray.yaml_text import read_yaml
 
 CONFIG, PLAN, MANIFEST = "config.yaml", "plan.json", "manifest.json"
@@ -43,7 +43,7 @@ def check_same_run(run: Storage, config: Config) -> None:
         ConfigError: one line a differing field that would change the run; or the orders' versions.
         RunError: the run's own config cannot be read.
     """
-    if not run.exists(PLAN):
+    if patiently(lambda: run.read_json(PLAN)) is None:
         return  # nothing was trained under another config yet
     if (problem := order_problem(run)) and newest_step(run) < build_plan(config).total_steps:
         raise ConfigError(f"run.name = {config.run.name}: {run.url} {problem}")
@@ -57,7 +57,8 @@ def check_same_run(run: Storage, config: Config) -> None:
 
 def order_problem(run: Storage) -> str | None:
     """Why a run cannot train on in this version's order of the data; None if it can."""
-    version = (run.read_json(PLAN) or {}).get("order", 1)  # the first one was not noted
+    plan = patiently(lambda: run.read_json(PLAN)) or {}
+    version = plan.get("order", 1)  # the first one was not noted
     if version == ORDER_VERSION:
         return None
     return (
